@@ -1,0 +1,256 @@
+"""The Starlette application: routes, what is opened and closed with it, and errors in OpenAI's form."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.cache import Cache, CacheUnavailable
+from gateway.cache.memory import MemoryCache
+from gateway.cache.milvus import MilvusCache
+from gateway.chat import Call, Chat
+from gateway.config import AUTO, Config, Model
+from gateway.contract import Contract
+from gateway.errors import ApiError, BodyTooLarge, openai_form
+from gateway.metrics import CONTENT_TYPE, Metrics
+from gateway.request import is_request_id, parse, parse_cache_control, scope_key, tenant
+from gateway.triton import Router, TritonUnavailable
+from gateway.upstream import Upstream
+
+log = logging.getLogger("fingerpost")
+
+
+def create_app(config: Config, contract: Contract) -> Starlette:
+    """The gateway for a configuration that was checked against the contract (`gateway.config.check_against`)."""
+    metrics = Metrics()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
+        async with contextlib.AsyncExitStack() as stack:
+            upstream = Upstream(config.upstream, metrics)
+            stack.push_async_callback(upstream.close)
+            router = Router(config.triton, contract)
+            stack.push_async_callback(router.close)
+            cache = open_cache(config, contract, metrics)
+            if cache is not None:
+                stack.push_async_callback(cache.close)
+            yield {
+                "config": config,
+                "metrics": metrics,
+                "chat": Chat(config, router, cache, upstream, metrics),
+                "router": router,
+                "cache": cache,
+                "upstream": upstream,
+                "created": int(time.time()),
+            }
+
+    return Starlette(
+        routes=[
+            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/route", route, methods=["POST"]),
+            Route("/v1/models", models, methods=["GET"]),
+            Route("/v1/models/{name:path}", one_model, methods=["GET"]),
+            Route("/health", health, methods=["GET"]),
+            Route("/ready", ready, methods=["GET"]),
+            Route("/metrics", exposition, methods=["GET"]),
+        ],
+        middleware=[Middleware(Counted, metrics=metrics)],
+        exception_handlers={
+            ApiError: api_error,
+            HTTPException: http_error,
+            ClientDisconnect: client_gone,
+            Exception: unexpected,
+        },
+        lifespan=lifespan,
+    )
+
+
+def open_cache(config: Config, contract: Contract, metrics: Metrics) -> Cache | None:
+    """The configured backend; None when the cache is not enabled."""
+    settings = config.semantic_cache
+    if not settings.enabled:
+        return None
+    if settings.backend_type == "memory":
+        return MemoryCache(settings.max_entries, settings.eviction_policy, contract.dimension)
+    return MilvusCache(
+        config.milvus,
+        namespace=contract.embedder,
+        dimension=contract.dimension,
+        ttl_seconds=settings.ttl_seconds,
+        eviction_policy=settings.eviction_policy,
+        metrics=metrics,
+    )
+
+
+async def chat_completions(request: Request) -> Response:
+    return await request.state.chat.answer(await _call(request))  # type: ignore[no-any-return]
+
+
+async def route(request: Request) -> Response:
+    """What `/v1/chat/completions` would do with this body, without asking an LLM."""
+    call = await _call(request)
+    found = await request.state.chat.route(call.request)
+    reading = found.reading
+    return JSONResponse(
+        {
+            "model": found.model.name,
+            "endpoint": found.model.endpoints[0],
+            "rule": found.rule,
+            "category": reading.category if reading else None,
+            "category_scores": reading.category_scores if reading else None,
+            "complexity": reading.complexity if reading else None,
+            "truncated": reading.truncated if reading else None,
+            "cache": {"eligible": found.uncacheable is None, "reason": found.uncacheable},
+        },
+        headers={"x-request-id": call.id},
+    )
+
+
+async def models(request: Request) -> Response:
+    config, created = request.state.config, request.state.created
+    described = [_alias(created), *(_described(model, created) for model in config.models)]
+    return JSONResponse({"object": "list", "data": described})
+
+
+async def one_model(request: Request) -> Response:
+    name, created = request.path_params["name"], request.state.created
+    if name == AUTO:
+        return JSONResponse(_alias(created))
+    if model := request.state.config.model(name):
+        return JSONResponse(_described(model, created))
+    raise HTTPException(404, f"the model {name[:100]!r} does not exist")
+
+
+async def health(request: Request) -> Response:
+    """Alive: this process answers."""
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
+    """Ready: Triton, the cache and at least one endpoint of every model answer; otherwise 503 and what does not."""
+    missing = {name: reason async for name, reason in _not_ready(request)}
+    return JSONResponse(
+        {"status": "not ready" if missing else "ready", "not_ready": missing}, status_code=503 if missing else 200
+    )
+
+
+async def exposition(request: Request) -> Response:
+    return Response(request.state.metrics.exposition(), media_type=CONTENT_TYPE)
+
+
+async def _not_ready(request: Request) -> AsyncIterator[tuple[str, str]]:
+    state = request.state
+    try:
+        await state.router.check()
+    except TritonUnavailable as error:
+        yield "triton", str(error)
+    if state.cache is not None:
+        try:
+            await state.cache.check()
+        except CacheUnavailable as error:
+            yield "cache", str(error)
+    for model in state.config.models:
+        if not await state.upstream.check(model):
+            yield model.name, f"no healthy endpoint among {', '.join(model.endpoints)}"
+
+
+async def _call(request: Request) -> Call:
+    started = time.perf_counter()
+    control = parse_cache_control(request.headers.get("x-fingerpost-cache-control"))
+    chat_request = parse(await _body(request, request.state.config.listen.max_body_bytes))
+    return Call(
+        request.state.request_id, chat_request, scope_key(chat_request, tenant(request.headers)), control, started
+    )
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """All of the body, but never more than `limit` bytes of it."""
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > limit:
+        raise BodyTooLarge(f"the body is longer than {limit} bytes")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise BodyTooLarge(f"the body is longer than {limit} bytes")
+    return bytes(body)
+
+
+def _alias(created: int) -> dict[str, Any]:
+    return {"id": AUTO, "object": "model", "created": created, "owned_by": "fingerpost"}
+
+
+def _described(model: Model, created: int) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": created,
+        "owned_by": "vllm",
+        "max_model_len": model.context_window,
+        "size": model.size,
+        "price_per_million_tokens": model.price_per_million_tokens.model_dump(),
+    }
+
+
+class Counted:
+    """Gives every request its id and counts its answer by route and status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        status = 0
+
+        async def counting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        theirs = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        scope["state"]["request_id"] = theirs if is_request_id(theirs) else uuid.uuid4().hex
+        try:
+            await self._app(scope, receive, counting)
+        finally:
+            path = scope["route"].path if "route" in scope else "unknown"
+            self._metrics.requests.labels(path, status or "none").inc()
+
+
+async def api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _error(request, error.status, openai_form(error.message, error.type, error.param, error.code))
+
+
+async def http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    words = {404: f"there is nothing at {request.url.path[:200]}", 405: f"{request.method} is not allowed here"}
+    own_words = error.detail if error.detail not in ("Not Found", "Method Not Allowed") else None
+    message = own_words or words.get(error.status_code, error.detail)
+    return _error(request, error.status_code, openai_form(message, "invalid_request_error"), error.headers)
+
+
+async def client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def unexpected(request: Request, error: Exception) -> Response:
+    return _error(request, 500, openai_form("the gateway failed; its log has the reason", "api_error"))
+
+
+def _error(request: Request, status: int, body: dict[str, Any], headers: Any = None) -> Response:
+    return JSONResponse(body, status, headers={**(headers or {}), "x-request-id": request.state.request_id})

@@ -1,0 +1,287 @@
+"""The cache in Milvus, shared by all gateways, with what this one stored last also kept in its own memory.
+
+A background task opens the collection, and opens it again after any failure; until it is open every lookup is
+`CacheUnavailable` at once, so that no request waits for a Milvus that is down. Writes go through a bounded queue, in
+batches, off the request path, and are never flushed: Milvus seals segments by itself. A search with bounded consistency
+may miss what was stored in the last second or so; `_recent` has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import Any
+
+import grpc
+import numpy as np
+import orjson
+from pymilvus import AsyncMilvusClient, DataType
+from pymilvus.exceptions import MilvusException
+
+from gateway.answer import Answer
+from gateway.cache import CacheUnavailable, Entry, Hit, Origin, Vector
+from gateway.cache.memory import EvictionPolicy, MemoryCache
+from gateway.config import Milvus, MilvusTls
+from gateway.metrics import Metrics
+
+log = logging.getLogger("fingerpost")
+
+RECENT_ENTRIES = 512
+QUEUED_ENTRIES = 1024
+BATCH_ENTRIES = 64
+VARCHAR_BYTES = 65_535  # Milvus' limit
+LOOKUP_SECONDS = 1.0  # a request does not wait longer, whatever connection.timeout allows for the rest
+REOPEN_SECONDS = 1.0
+DRAIN_SECONDS = 3.0
+
+_FAILURES = (MilvusException, grpc.RpcError, TimeoutError, OSError)
+_FIELDS = ("key", "scope", "question", "answer", "expires_at")
+
+
+class SchemaMismatch(Exception):
+    """The collection exists with other fields than this cache writes."""
+
+
+class MilvusCache:
+    """`namespace` is the embedder's fingerprint: it ends the collection's name, so two embedders never share one."""
+
+    def __init__(
+        self,
+        settings: Milvus,
+        *,
+        namespace: str,
+        dimension: int,
+        ttl_seconds: int,
+        eviction_policy: EvictionPolicy,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._collection = f"{settings.collection.name}_{namespace}"
+        self._vector = settings.collection.vector_field.name
+        self._dimension = dimension
+        self._ttl_seconds = ttl_seconds
+        self._metrics = metrics
+        self._recent = MemoryCache(RECENT_ENTRIES, eviction_policy, dimension)
+        self._queue: asyncio.Queue[Entry] = asyncio.Queue(QUEUED_ENTRIES)
+        self._client = AsyncMilvusClient(**connection_arguments(settings))
+        self._open = False
+        self._reopen = asyncio.Event()
+        self._reopen.set()
+        self._why = "is being opened"
+        self._tasks = (asyncio.create_task(self._keep_open()), asyncio.create_task(self._write()))
+
+    async def get(self, key: str) -> Entry | None:
+        if recent := await self._recent.get(key):
+            return recent
+        rows = await self._ask(
+            self._client.query,
+            filter=f'key == "{key}" and expires_at > {int(time.time())}',
+            output_fields=[*_FIELDS, self._vector],
+        )
+        if not rows:
+            return None
+        entry = self._entry(rows[0])
+        self._recent.put(entry)
+        return entry
+
+    async def search(self, scope: str, embedding: Vector, threshold: float) -> Hit | None:
+        recent = await self._recent.search(scope, embedding, threshold)
+        try:
+            found = await self._ask(
+                self._client.search,
+                data=[embedding.tolist()],
+                anns_field=self._vector,
+                filter=f'scope == "{scope}" and expires_at > {int(time.time())}',
+                limit=self._settings.search.topk,
+                search_params={
+                    "metric_type": self._settings.collection.vector_field.metric_type,
+                    "params": self._settings.search.params,
+                },
+                output_fields=[*_FIELDS, self._vector],
+            )
+        except CacheUnavailable:
+            if recent:
+                return recent
+            raise
+        best = found[0][0] if found and found[0] else None
+        if best is None or best["distance"] < max(threshold, recent.similarity if recent else -1.0):
+            return recent
+        return Hit(self._entry(best["entity"]), float(best["distance"]))
+
+    def put(self, entry: Entry) -> None:
+        self._recent.put(entry)
+        try:
+            self._queue.put_nowait(entry)
+        except asyncio.QueueFull:
+            self._metrics.stores.labels("dropped").inc()
+
+    async def check(self) -> None:
+        if not self._open:
+            raise CacheUnavailable(f"{self._settings.connection.address}: {self._why}")
+        await self._ask(self._client.query, filter='key == ""', output_fields=["key"])
+
+    async def close(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS if self._open else 0):
+                await self._queue.join()
+        if left := self._queue.qsize():
+            log.warning("%d answers were not written to Milvus", left)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._client.close()
+
+    async def _ask(self, call: Any, **arguments: Any) -> Any:
+        """One lookup, bounded in time; any failure closes the cache until `_keep_open` has opened it again."""
+        if not self._open:
+            raise CacheUnavailable(self._why)
+        arguments |= {"consistency_level": self._settings.search.consistency_level}
+        try:
+            async with asyncio.timeout(LOOKUP_SECONDS):
+                return await call(self._collection, timeout=LOOKUP_SECONDS, **arguments)
+        except _FAILURES as error:
+            self._fail(error)
+            raise CacheUnavailable(self._why) from error
+
+    def _fail(self, error: BaseException) -> None:
+        self._why = f"does not answer: {str(error) or type(error).__name__}"
+        self._open = False
+        self._reopen.set()
+
+    async def _keep_open(self) -> None:
+        while True:
+            await self._reopen.wait()
+            try:
+                await self._open_collection()
+            except (*_FAILURES, SchemaMismatch) as error:
+                if self._why != (why := str(error) or type(error).__name__):
+                    log.warning("milvus: going on without it: %s", why)
+                self._why = why
+                await asyncio.sleep(REOPEN_SECONDS)
+            else:
+                self._open = True
+                self._reopen.clear()
+                log.info("milvus: collection %s is open", self._collection)
+
+    async def _open_collection(self) -> None:
+        seconds = self._settings.connection.timeout
+        async with asyncio.timeout(seconds):
+            if not await self._client.has_collection(self._collection, timeout=seconds):
+                await self._create_collection()
+            description = await self._client.describe_collection(self._collection, timeout=seconds)
+            check_schema(description, self._vector, self._dimension)
+            await self._client.load_collection(self._collection, timeout=seconds)
+
+    async def _create_collection(self) -> None:
+        wanted = self._settings.collection
+        schema = AsyncMilvusClient.create_schema(
+            auto_id=False, enable_dynamic_field=False, description=wanted.description
+        )
+        schema.add_field("key", DataType.VARCHAR, is_primary=True, max_length=64)
+        schema.add_field("scope", DataType.VARCHAR, max_length=64)
+        schema.add_field("question", DataType.VARCHAR, max_length=VARCHAR_BYTES)
+        schema.add_field("answer", DataType.VARCHAR, max_length=VARCHAR_BYTES)
+        schema.add_field("expires_at", DataType.INT64)
+        schema.add_field(self._vector, DataType.FLOAT_VECTOR, dim=self._dimension)
+        index = AsyncMilvusClient.prepare_index_params()
+        index.add_index(
+            self._vector,
+            index_type=wanted.index.type,
+            metric_type=wanted.vector_field.metric_type,
+            params=wanted.index.params,
+        )
+        await self._client.create_collection(
+            self._collection,
+            schema=schema,
+            index_params=index,
+            properties={"collection.ttl.seconds": self._ttl_seconds},  # Milvus drops what has expired when it compacts
+            consistency_level=self._settings.search.consistency_level,
+            timeout=self._settings.connection.timeout,
+        )
+
+    async def _write(self) -> None:
+        while True:
+            batch = [await self._queue.get()]
+            while len(batch) < BATCH_ENTRIES and not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            await self._write_batch(batch)
+            for _ in batch:
+                self._queue.task_done()
+
+    async def _write_batch(self, batch: list[Entry]) -> None:
+        rows = [self._row(entry) for entry in batch]
+        fitting = [row for row in rows if _fits(row)]
+        self._count("too_large", len(rows) - len(fitting))
+        if not fitting:
+            return
+        try:
+            seconds = self._settings.connection.timeout
+            async with asyncio.timeout(seconds):
+                await self._client.upsert(self._collection, fitting, timeout=seconds)
+        except _FAILURES as error:
+            self._count("failed", len(fitting))
+            self._fail(error)
+        else:
+            self._count("stored", len(fitting))
+
+    def _count(self, outcome: str, entries: int) -> None:
+        if entries:
+            self._metrics.stores.labels(outcome).inc(entries)
+
+    def _row(self, entry: Entry) -> dict[str, Any]:
+        return {
+            "key": entry.key,
+            "scope": entry.scope,
+            "question": entry.question,
+            "answer": orjson.dumps({"answer": entry.answer, "origin": entry.origin}).decode(),
+            "expires_at": int(entry.expires_at),
+            self._vector: entry.embedding.tolist(),
+        }
+
+    def _entry(self, row: dict[str, Any]) -> Entry:
+        payload = orjson.loads(row["answer"])
+        return Entry(
+            key=row["key"],
+            scope=row["scope"],
+            question=row["question"],
+            embedding=np.asarray(row[self._vector], dtype=np.float32),
+            answer=Answer(**payload["answer"]),
+            origin=Origin(**payload["origin"]),
+            expires_at=row["expires_at"],
+        )
+
+
+def _fits(row: dict[str, Any]) -> bool:
+    return all(len(row[field].encode()) <= VARCHAR_BYTES for field in ("question", "answer"))
+
+
+def check_schema(description: dict[str, Any], vector_field: str, dimension: int) -> None:
+    """Raises `SchemaMismatch` when a collection is not one this cache can use."""
+    fields = {field["name"]: field for field in description["fields"]}
+    if missing := {*_FIELDS, vector_field} - fields.keys():
+        raise SchemaMismatch(f"collection {description['collection_name']} lacks {', '.join(sorted(missing))}")
+    if (found := int(fields[vector_field]["params"]["dim"])) != dimension:
+        raise SchemaMismatch(f"collection {description['collection_name']} has dimension {found}, not {dimension}")
+
+
+def connection_arguments(settings: Milvus) -> dict[str, Any]:
+    """The `connection` section as pymilvus takes it."""
+    connection = settings.connection
+    arguments: dict[str, Any] = {"uri": connection.address, "timeout": connection.timeout, "dedicated": True}
+    arguments["grpc_options"] = {"grpc.max_reconnect_backoff_ms": 1000}  # gRPC's own limit is two minutes
+    if not connection.is_file:
+        arguments["db_name"] = connection.database
+    if connection.auth.enabled:
+        arguments["user"] = connection.auth.username
+        arguments["password"] = connection.auth.password.get_secret_value()
+    if connection.tls.enabled:
+        arguments |= {"secure": True, **_certificates(connection.tls)}
+    return arguments
+
+
+def _certificates(tls: MilvusTls) -> dict[str, str]:
+    if tls.cert_file:  # the server wants to know the client, too
+        return {"ca_pem_path": tls.ca_file, "client_pem_path": tls.cert_file, "client_key_path": tls.key_file}
+    return {"server_pem_path": tls.ca_file} if tls.ca_file else {}

@@ -1,0 +1,178 @@
+"""Reading a chat request: bytes in, one frozen `ChatRequest` out; no I/O.
+
+Only what the gateway itself reads is validated; everything else is passed on to vLLM, which knows it better.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from gateway.errors import BadRequest
+
+Body = dict[str, Any]
+
+# Fields that change the form of an answer and not the answer.
+FORM_FIELDS = frozenset({"stream", "stream_options"})
+# Above this, a client asks for variety: replaying one answer would not be what it wants.
+MAX_CACHED_TEMPERATURE = 1.0
+BYTES_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    body: Body  # as sent by the client
+    model: str  # the alias `auto` or a model's name
+    stream: bool
+    include_usage: bool  # the client wants the usage chunk at the end of a stream
+    question: str  # text of the last user turn, "" when there is none
+    prompt_tokens: int  # of all messages, estimated at 4 UTF-8 bytes a token: known without a model
+    uncacheable: str | None  # why its answer is neither replayed nor stored
+
+
+@dataclass(frozen=True, slots=True)
+class CacheControl:
+    """The request header x-fingerpost-cache-control."""
+
+    lookup: bool = True
+    store: bool = True
+
+
+def parse(raw: bytes) -> ChatRequest:
+    """Read the body of a chat completion; raises `BadRequest` naming the field."""
+    body = _decode(raw)
+    model = _typed(body, "model", str, "a string", required=True)
+    if not model:
+        raise BadRequest("model must not be empty", param="model")
+    messages = _messages(body)
+    stream_options = _typed(body, "stream_options", dict, "an object") or {}
+    last_user = next((message for message in reversed(messages) if message["role"] == "user"), None)
+    return ChatRequest(
+        body=body,
+        model=model,
+        stream=_typed(body, "stream", bool, "a boolean") or False,
+        include_usage=_typed(stream_options, "include_usage", bool, "a boolean", "stream_options.") or False,
+        question=_text(last_user).strip() if last_user else "",
+        prompt_tokens=sum(len(_text(message).encode()) for message in messages) // BYTES_PER_TOKEN,
+        uncacheable=_uncacheable(body, messages),
+    )
+
+
+def parse_cache_control(header: str | None) -> CacheControl:
+    directives = {part.strip().lower() for part in (header or "").split(",")} - {""}
+    if unknown := directives - {"no-cache", "no-store"}:
+        raise BadRequest(f"x-fingerpost-cache-control takes no-cache and no-store, not {', '.join(sorted(unknown))!r}")
+    return CacheControl(lookup="no-cache" not in directives, store="no-store" not in directives)
+
+
+def tenant(headers: Mapping[str, str]) -> str:
+    """Who is asking: a digest of the credential, so that two keys never share an answer and none is kept."""
+    return hashlib.sha256(headers.get("authorization", "").encode()).hexdigest()
+
+
+def scope_key(request: ChatRequest, tenant: str) -> str:
+    """Digest of everything that can change the answer other than the wording of the last user turn."""
+    *earlier, last = request.body["messages"]
+    around = {key: value for key, value in last.items() if key != "content"}
+    fields = {key: value for key, value in request.body.items() if key not in FORM_FIELDS and key != "messages"}
+    return hashlib.sha256(orjson.dumps([tenant, fields, earlier, around], option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def question_key(scope: str, question: str) -> str:
+    """Identity of a cached answer: one per scope and question."""
+    return hashlib.sha256(f"{scope}\0{question}".encode()).hexdigest()
+
+
+def upstream_body(request: ChatRequest, model: str, *, want_usage: bool) -> bytes:
+    """What vLLM gets: the client's fields with the model's name; `want_usage` also asks for a stream's usage chunk."""
+    body = {**request.body, "model": model}
+    if want_usage and request.stream:
+        body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
+    return orjson.dumps(body)
+
+
+def _decode(raw: bytes) -> Body:
+    try:
+        body = orjson.loads(raw)
+        orjson.dumps(body)  # refuses what it could not pass on: deeper nesting than it writes
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not valid JSON: {error}") from error
+    except orjson.JSONEncodeError as error:
+        raise BadRequest(f"the body cannot be passed on: {error}") from error
+    if not isinstance(body, dict):
+        raise BadRequest("the body must be a JSON object")
+    return body
+
+
+def _typed(body: Body, key: str, kind: type, words: str, prefix: str = "", *, required: bool = False) -> Any:
+    value = body.get(key)
+    if value is None and not required:
+        return None
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise BadRequest(f"{prefix}{key} is {'required' if value is None else f'not {words}'}", param=prefix + key)
+    return value
+
+
+def _messages(body: Body) -> list[Body]:
+    messages: list[Body] = _typed(body, "messages", list, "an array", required=True)
+    if not messages:
+        raise BadRequest("messages must not be empty", param="messages")
+    for i, message in enumerate(messages):
+        _check_message(message, f"messages[{i}]")
+    return messages
+
+
+def _check_message(message: object, path: str) -> None:
+    if not isinstance(message, dict):
+        raise BadRequest(f"{path} is not an object", param=path)
+    if not isinstance(message.get("role"), str):
+        raise BadRequest(f"{path}.role is {'not a string' if 'role' in message else 'required'}", param=f"{path}.role")
+    content = message.get("content")
+    if (content is None and message["role"] != "user") or isinstance(content, str):
+        return
+    if not isinstance(content, list) or not content:
+        raise BadRequest(f"{path}.content must be a string or a non-empty array of parts", param=f"{path}.content")
+    for i, part in enumerate(content):
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise BadRequest(f"{path}.content[{i}] must be an object with a type", param=f"{path}.content[{i}]")
+        if part["type"] == "text" and not isinstance(part.get("text"), str):
+            raise BadRequest(f"{path}.content[{i}].text is not a string", param=f"{path}.content[{i}].text")
+
+
+def _text(message: Body) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content if part["type"] == "text")
+    return content or ""
+
+
+def _uncacheable(body: Body, messages: list[Body]) -> str | None:
+    last = messages[-1]
+    content = last.get("content")
+    if last["role"] != "user":
+        return "the last message is not the user's"
+    if isinstance(content, list) and any(part["type"] != "text" for part in content):
+        return "the last message is not text alone"
+    if not _text(last).strip():
+        return "the last message is empty"
+    n, temperature = body.get("n"), body.get("temperature")
+    if n not in (None, 1):
+        return "n is not 1"
+    if isinstance(temperature, int | float) and temperature > MAX_CACHED_TEMPERATURE:
+        return f"temperature is above {MAX_CACHED_TEMPERATURE}"
+    if any(body.get(key) for key in ("logprobs", "top_logprobs", "prompt_logprobs")):
+        return "log probabilities are asked for"
+    return None
+
+
+_REQUEST_ID = re.compile(r"[\w.-]{1,128}")
+
+
+def is_request_id(value: str | None) -> bool:
+    """Whether a client's x-request-id is safe to log and to echo."""
+    return value is not None and _REQUEST_ID.fullmatch(value) is not None

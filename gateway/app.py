@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.cache import Cache, CacheUnavailable
 from gateway.cache.memory import MemoryCache
 from gateway.cache.milvus import MilvusCache
-from gateway.chat import Call, Chat
+from gateway.chat import Call, Chat, unknown_model
 from gateway.config import AUTO, Config, Model
 from gateway.contract import Contract
 from gateway.errors import ApiError, BodyTooLarge, openai_form
@@ -130,7 +130,7 @@ async def one_model(request: Request) -> Response:
         return JSONResponse(_alias(created))
     if model := request.state.config.model(name):
         return JSONResponse(_described(model, created))
-    raise HTTPException(404, f"the model {name[:100]!r} does not exist")
+    raise unknown_model(request.state.config, name)
 
 
 async def health(request: Request) -> Response:
@@ -239,8 +239,7 @@ async def api_error(request: Request, error: Exception) -> Response:
 async def http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     words = {404: f"there is nothing at {request.url.path[:200]}", 405: f"{request.method} is not allowed here"}
-    own_words = error.detail if error.detail not in ("Not Found", "Method Not Allowed") else None
-    message = own_words or words.get(error.status_code, error.detail)
+    message = words.get(error.status_code, error.detail)
     return _error(request, error.status_code, openai_form(message, "invalid_request_error"), error.headers)
 
 

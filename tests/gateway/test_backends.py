@@ -1,0 +1,84 @@
+"""The same behaviour from every backend: in memory, a real Milvus server, a Milvus Lite file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Server, Stack, StartGateway, chat, content, models, wait_until
+
+BACKENDS = ["memory", "milvus", "milvus-lite"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, stack: Stack, tmp_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(semantic_cache section, milvus.yaml) with a store of the test's own."""
+    if request.param == "memory":
+        return {"backend_type": "memory"}, {}
+    collection = {"name": f"test_{tmp_path.name}".replace("-", "_").replace("[", "_").replace("]", "_")}
+    if request.param == "milvus":
+        return {"backend_type": "milvus"}, {"connection": stack.milvus_tree["connection"], "collection": collection}
+    lite = {"connection": {"uri": str(tmp_path / "cache.db")}, "collection": {**collection, "index": FLAT}}
+    return {"backend_type": "milvus"}, lite
+
+
+FLAT = {"type": "FLAT", "params": {}}
+
+
+def start(
+    stack: Stack, stub: Server, start_gateway: StartGateway, backend: tuple[dict[str, Any], dict[str, Any]], **cache: Any
+) -> Server:
+    section, milvus = backend
+    changes = {
+        "triton": stack.config_tree["triton"],
+        "models": models(stub.url),
+        "semantic_cache": {**section, **cache},
+    }
+    gateway = start_gateway(changes, milvus)
+    wait_until("the cache", lambda: ready(gateway), 60)
+    return gateway
+
+
+def ready(gateway: Server) -> bool:
+    import httpx
+
+    return httpx.get(f"{gateway.url}/ready", timeout=10).status_code == 200
+
+
+def test_hits_by_wording_and_by_meaning(stack, stub, start_gateway, backend) -> None:  # type: ignore[no-untyped-def]
+    gateway = start(stack, stub, start_gateway, backend)
+    miss = chat(gateway.url, "How tall is the Eiffel Tower?")
+    exact = chat(gateway.url, "How tall is the Eiffel Tower?", stream=True)
+    close = chat(gateway.url, "What is the height of the Eiffel Tower?")
+    far = chat(gateway.url, "Who painted the Mona Lisa?")
+    stranger = chat(gateway.url, "How tall is the Eiffel Tower?", headers={"Authorization": "Bearer other"})
+    outcomes = [response.headers["x-fingerpost-cache"] for response in (miss, exact, close, far, stranger)]
+    assert outcomes == ["miss", "hit-exact", "hit-semantic", "miss", "miss"]
+    assert content(miss) == content(exact) == content(close)
+
+
+def test_entries_expire(stack, stub, start_gateway, backend) -> None:  # type: ignore[no-untyped-def]
+    gateway = start(stack, stub, start_gateway, backend, ttl_seconds=2)
+    chat(gateway.url, "What is a fjord?")
+    assert chat(gateway.url, "What is a fjord?").headers["x-fingerpost-cache"] == "hit-exact"
+    time.sleep(2.5)
+    assert chat(gateway.url, "What is a fjord?").headers["x-fingerpost-cache"] == "miss"
+
+
+@pytest.mark.parametrize("backend", ["milvus", "milvus-lite"], indirect=True)
+def test_a_second_start_keeps_the_cache(stack, stub, start_gateway, backend) -> None:  # type: ignore[no-untyped-def]
+    first = start(stack, stub, start_gateway, backend)
+    answer = chat(first.url, "What is the deepest lake on Earth?")
+    first.process.terminate()
+    assert first.process.wait(10) in (0, -15)
+    second = start(stack, stub, start_gateway, backend)
+
+    def outcome(question: str) -> str:
+        return str(chat(second.url, question, headers={"x-fingerpost-cache-control": "no-store"}).headers["x-fingerpost-cache"])
+
+    wait_until("the stored answer to be searchable", lambda: outcome("Which lake is the deepest on Earth?") == "hit-semantic")
+    assert outcome("What is the deepest lake on Earth?") == "hit-exact"
+    assert content(chat(second.url, "What is the deepest lake on Earth?")) == content(answer)

@@ -175,8 +175,8 @@ def models(*endpoints: str) -> list[Tree]:
 
 
 def chat(url: str, text: str = "What is the capital of Norway?", **fields: Any) -> httpx.Response:
-    """One chat completion; `headers` are the request's, other fields go into the body."""
-    headers = {"Authorization": "Bearer test-token", **fields.pop("headers", {})}
+    """One chat completion; `headers` and `tenant` are the request's, other fields go into the body."""
+    headers = {"Authorization": f"Bearer {fields.pop('tenant', 'test-token')}", **fields.pop("headers", {})}
     body = {"model": "auto", "messages": [{"role": "user", "content": text}], **fields}
     return httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=120)
 
@@ -186,9 +186,7 @@ def content(response: httpx.Response) -> str:
     assert response.status_code == 200, response.text
     if not response.headers["content-type"].startswith("text/event-stream"):
         return str(response.json()["choices"][0]["message"]["content"])
-    return "".join(
-        choice["delta"].get("content") or "" for event in events(response) for choice in event["choices"]
-    )
+    return "".join(choice["delta"].get("content") or "" for event in events(response) for choice in event["choices"])
 
 
 def events(response: httpx.Response) -> list[Tree]:

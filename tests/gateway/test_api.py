@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.conftest import Server, Stack, StartGateway, chat, content, events, models, wait_until
+
+Ask = Callable[..., httpx.Response]
 
 QUESTION = "What are the main renewable energy sources?"
 PARAPHRASE = "Which are the most important sources of renewable energy?"
@@ -27,6 +32,12 @@ def gateway(stack: Stack, stub: Server, start_gateway: StartGateway) -> Server:
     )
 
 
+@pytest.fixture
+def ask(request: pytest.FixtureRequest, gateway: Server) -> Ask:
+    """Asks `gateway` as a tenant of the test's own, so that no test hits what another stored."""
+    return partial(chat, gateway.url, tenant=request.node.name.encode().hex())
+
+
 @pytest.fixture(autouse=True)
 def healthy_stub(stub: Server) -> None:
     httpx.post(f"{stub.url}/stub", json={"fault": "none"})
@@ -40,9 +51,9 @@ def received(stub: Server) -> list[dict[str, Any]]:
     return list(httpx.get(f"{stub.url}/stub").json()["received"])
 
 
-def test_a_miss_an_exact_hit_and_a_paraphrase(gateway: Server, stub: Server) -> None:
+def test_a_miss_an_exact_hit_and_a_paraphrase(ask: Ask, stub: Server) -> None:
     before = len(received(stub))
-    miss, exact, semantic = chat(gateway.url, QUESTION), chat(gateway.url, QUESTION), chat(gateway.url, PARAPHRASE)
+    miss, exact, semantic = ask(QUESTION), ask(QUESTION), ask(PARAPHRASE)
     outcomes = [response.headers["x-fingerpost-cache"] for response in (miss, exact, semantic)]
     assert outcomes == ["miss", "hit-exact", "hit-semantic"]
     assert content(miss) == content(exact) == content(semantic)
@@ -57,27 +68,27 @@ def test_a_miss_an_exact_hit_and_a_paraphrase(gateway: Server, stub: Server) -> 
 
 @pytest.mark.parametrize("first", [False, True], ids=["json-first", "stream-first"])
 @pytest.mark.parametrize("second", [False, True], ids=["json-second", "stream-second"])
-def test_every_form_has_the_same_content(gateway: Server, first: bool, second: bool) -> None:
+def test_every_form_has_the_same_content(ask: Ask, first: bool, second: bool) -> None:
     question = f"Write a limerick about {'a whale' if first else 'a clock'} {'at sea' if second else 'on a tower'}."
-    one, two = chat(gateway.url, question, stream=first), chat(gateway.url, question, stream=second)
+    one, two = ask(question, stream=first), ask(question, stream=second)
     assert one.headers["x-fingerpost-cache"] == "miss"
     assert two.headers["x-fingerpost-cache"] == "hit-exact"
     assert content(one) == content(two) != ""
     assert two.headers["content-type"].startswith("text/event-stream") is second
 
 
-def test_usage_is_streamed_only_when_asked_for(gateway: Server) -> None:
+def test_usage_is_streamed_only_when_asked_for(ask: Ask) -> None:
     question = "How do I sharpen a kitchen knife?"
     wanted = {"stream": True, "stream_options": {"include_usage": True}}
     for outcome in ("miss", "hit-exact"):
-        silent, told = chat(gateway.url, question, stream=True), chat(gateway.url, question + " ", **wanted)
+        silent, told = ask(question, stream=True), ask(question + " ", **wanted)
         assert silent.headers["x-fingerpost-cache"] == outcome
         assert not any(event.get("usage") for event in events(silent))
         assert [event["usage"]["total_tokens"] for event in events(told) if not event["choices"]] == [31]
-    assert chat(gateway.url, question).json()["usage"]["total_tokens"] == 31
+    assert ask(question).json()["usage"]["total_tokens"] == 31
 
 
-def test_what_the_client_sends_reaches_vllm(gateway: Server, stub: Server) -> None:
+def test_what_the_client_sends_reaches_vllm(ask: Ask, stub: Server) -> None:
     fields = {
         "temperature": 0.3,
         "top_p": 0.9,
@@ -88,7 +99,7 @@ def test_what_the_client_sends_reaches_vllm(gateway: Server, stub: Server) -> No
         "chat_template_kwargs": {"enable_thinking": False},
         "vendor_field": {"nested": [1, 2.5, None, "ä"]},
     }
-    chat(gateway.url, "Tell me about fields.", **fields)
+    ask("Tell me about fields.", **fields)
     body = received(stub)[-1]["body"]
     assert body.pop("model") in {"smollm2-small", "smollm2-large"}
     assert body == {"messages": [{"role": "user", "content": "Tell me about fields."}], **fields}
@@ -135,29 +146,29 @@ def test_the_client_s_credentials_stay_here_and_the_model_s_are_sent(
     ],
     ids=["tenant", "model", "temperature", "max_tokens", "tools", "response_format", "system", "conversation"],
 )
-def test_another_scope_never_shares_an_answer(gateway: Server, difference: dict[str, Any]) -> None:
-    chat(gateway.url, "Name a river.")
-    assert chat(gateway.url, "Name a river.").headers["x-fingerpost-cache"] == "hit-exact"
-    other = chat(gateway.url, "Name a river.", **difference)
+def test_another_scope_never_shares_an_answer(ask: Ask, difference: dict[str, Any]) -> None:
+    ask("Name a river.")
+    assert ask("Name a river.").headers["x-fingerpost-cache"] == "hit-exact"
+    other = ask("Name a river.", **difference)
     assert other.headers["x-fingerpost-cache"] == "miss"
 
 
-def test_cache_control(gateway: Server, stub: Server) -> None:
+def test_cache_control(ask: Ask, stub: Server) -> None:
     question = "Who wrote the Kalevala?"
 
     def outcome(control: str) -> str:
         headers = {"x-fingerpost-cache-control": control} if control else {}
-        return str(chat(gateway.url, question, headers=headers).headers["x-fingerpost-cache"])
+        return str(ask(question, headers=headers).headers["x-fingerpost-cache"])
 
     assert outcome("no-store") == "miss"
     assert outcome("no-store") == "miss"
     assert outcome("") == "miss"
     assert outcome("no-store") == "hit-exact"
-    old = content(chat(gateway.url, question))
+    old = content(ask(question))
     assert outcome("no-cache") == "bypass"
-    assert content(chat(gateway.url, question)) != old  # no-cache has stored the new answer
+    assert content(ask(question)) != old  # no-cache has stored the new answer
     assert outcome("no-cache, no-store") == "bypass"
-    wrong = chat(gateway.url, question, headers={"x-fingerpost-cache-control": "only-if-cached"})
+    wrong = ask(question, headers={"x-fingerpost-cache-control": "only-if-cached"})
     assert wrong.status_code == 400
     assert "only-if-cached" in wrong.json()["error"]["message"]
 
@@ -187,9 +198,11 @@ def test_cache_control(gateway: Server, stub: Server) -> None:
     ],
     ids=["n", "temperature", "logprobs", "prefix", "image", "truncated"],
 )
-def test_what_may_not_be_cached_is_not(gateway: Server, stub: Server, fields: dict[str, Any], reason: str) -> None:
+def test_what_may_not_be_cached_is_not(
+    gateway: Server, ask: Ask, stub: Server, fields: dict[str, Any], reason: str
+) -> None:
     for _ in range(2):
-        response = chat(gateway.url, "Tell me something.", **fields)
+        response = ask("Tell me something.", **fields)
         assert response.headers["x-fingerpost-cache"] == "bypass"
         assert reason in response.headers["x-fingerpost-cache-reason"]
     body = {"model": "auto", "messages": [{"role": "user", "content": "Tell me something."}], **fields}
@@ -199,14 +212,16 @@ def test_what_may_not_be_cached_is_not(gateway: Server, stub: Server, fields: di
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
-@pytest.mark.parametrize("fault", ["length", "tool-call", "break", "no-done", "error-event", "status-500", "status-400"])
-def test_an_answer_that_is_not_whole_is_never_stored(gateway: Server, stub: Server, fault: str, stream: bool) -> None:
+@pytest.mark.parametrize(
+    "fault", ["length", "tool-call", "break", "no-done", "error-event", "status-500", "status-400"]
+)
+def test_an_answer_that_is_not_whole_is_never_stored(ask: Ask, stub: Server, fault: str, stream: bool) -> None:
     if (fault == "tool-call" and stream) or (fault in ("no-done", "error-event") and not stream):
         pytest.skip("the stub has no such form")
     question = f"Explain the word {fault} {'slowly' if stream else 'quickly'}."
     fail(stub, fault)
     try:
-        failed = chat(gateway.url, question, stream=stream)
+        failed = ask(question, stream=stream)
         if fault.startswith("status-"):
             assert failed.status_code == int(fault.removeprefix("status-"))
             assert failed.json()["error"]["message"] == "stub says no"
@@ -216,16 +231,16 @@ def test_an_answer_that_is_not_whole_is_never_stored(gateway: Server, stub: Serv
     except httpx.RemoteProtocolError:
         assert (fault, stream) == ("break", True)
     fail(stub, "none")
-    after = chat(gateway.url, question)
+    after = ask(question)
     assert after.headers["x-fingerpost-cache"] == "miss"
-    assert content(after) == content(chat(gateway.url, question))
+    assert content(after) == content(ask(question))
 
 
-def test_a_stream_in_single_bytes_arrives_unchanged(gateway: Server, stub: Server) -> None:
+def test_a_stream_in_single_bytes_arrives_unchanged(ask: Ask, stub: Server) -> None:
     fail(stub, "bytes")
-    pieces = chat(gateway.url, "Which byte is first?", stream=True)
+    pieces = ask("Which byte is first?", stream=True)
     fail(stub, "none")
-    whole = chat(gateway.url, "Which byte is first?")
+    whole = ask("Which byte is first?")
     assert whole.headers["x-fingerpost-cache"] == "hit-exact"
     assert content(pieces) == content(whole)
     assert content(whole).endswith("naïve 😀")
@@ -239,7 +254,7 @@ def test_a_stream_is_passed_on_as_it_comes(gateway: Server, stub: Server) -> Non
     assert len(pieces) > 5
 
 
-def test_when_the_client_leaves_vllm_is_told(gateway: Server, stub: Server) -> None:
+def test_when_the_client_leaves_vllm_is_told(gateway: Server, ask: Ask, stub: Server) -> None:
     fail(stub, "endless")
     before = httpx.get(f"{stub.url}/stub").json()["abandoned"]
     body = {"model": "auto", "stream": True, "messages": [{"role": "user", "content": "Never stop talking."}]}
@@ -247,7 +262,7 @@ def test_when_the_client_leaves_vllm_is_told(gateway: Server, stub: Server) -> N
         next(response.iter_raw())
     wait_until("vLLM to be told", lambda: httpx.get(f"{stub.url}/stub").json()["abandoned"] > before, 5)
     fail(stub, "none")
-    assert chat(gateway.url, "Never stop talking.").headers["x-fingerpost-cache"] == "miss"
+    assert ask("Never stop talking.").headers["x-fingerpost-cache"] == "miss"
 
 
 BAD_BODIES: list[tuple[bytes, str | None]] = [
@@ -271,7 +286,7 @@ BAD_BODIES: list[tuple[bytes, str | None]] = [
     (b'{"model": "auto", "messages": [{"role": "user", "content": [{"text": "x"}]}]}', "messages[0].content[0]"),
     (b'{"model": "auto", "stream": "yes", "messages": [{"role": "user", "content": "hi"}]}', "stream"),
     (b'{"model": "auto", "stream_options": 1, "messages": [{"role": "user", "content": "hi"}]}', "stream_options"),
-    (b'{"model": "auto", "messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", None),
+    (b'{"model": "auto", "messages": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", None),
 ]
 
 
@@ -286,8 +301,8 @@ def test_bad_bodies_get_a_clear_400(gateway: Server, path: str, body: bytes, par
     assert response.headers["x-request-id"]
 
 
-def test_other_client_errors(gateway: Server) -> None:
-    unknown = chat(gateway.url, model="gpt-17")
+def test_other_client_errors(gateway: Server, ask: Ask) -> None:
+    unknown = ask(model="gpt-17")
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
     assert "smollm2-small" in unknown.json()["error"]["message"]
     large = httpx.post(f"{gateway.url}/v1/chat/completions", content=b"x" * 200_001)
@@ -326,9 +341,9 @@ def test_route_decides_and_asks_nobody(gateway: Server, stub: Server) -> None:
     assert (named["rule"], named["model"]) == ("named", "smollm2-small")
 
 
-def test_metrics_tell_what_happened_and_no_prompt(gateway: Server) -> None:
-    chat(gateway.url, "A secret phrase: xylophone.")
-    chat(gateway.url, "A secret phrase: xylophone.")
+def test_metrics_tell_what_happened_and_no_prompt(gateway: Server, ask: Ask) -> None:
+    ask("A secret phrase: xylophone.")
+    ask("A secret phrase: xylophone.")
     text = httpx.get(f"{gateway.url}/metrics").text
     for line in ('cache_outcomes_total{outcome="hit-exact"}', 'cache_outcomes_total{outcome="miss"}', "saved_cost"):
         assert line in text
@@ -355,18 +370,16 @@ def test_health_and_ready(gateway: Server) -> None:
     assert httpx.get(f"{gateway.url}/ready").json() == {"status": "ready", "not_ready": {}}
 
 
-def test_concurrent_requests_get_their_own_answers(gateway: Server) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    def ask(i: int) -> bool:
+def test_concurrent_requests_get_their_own_answers(ask: Ask) -> None:
+    def own_answer(i: int) -> bool:
         question = f"What is {i} squared, and what rhymes with {i}?"
-        response = chat(gateway.url, question, stream=bool(i % 2), headers={"Authorization": f"Bearer tenant-{i}"})
+        response = ask(question, stream=bool(i % 2), headers={"Authorization": f"Bearer tenant-{i}"})
         return question in content(response)
 
     with ThreadPoolExecutor(32) as pool:
-        assert all(pool.map(ask, range(64)))
+        assert all(pool.map(own_answer, range(64)))
 
 
-def test_json_from_vllm_is_passed_byte_for_byte(gateway: Server, stub: Server) -> None:
-    response = chat(gateway.url, "Bytes, please.", headers={"x-fingerpost-cache-control": "no-store"})
+def test_json_from_vllm_is_passed_byte_for_byte(ask: Ask, stub: Server) -> None:
+    response = ask("Bytes, please.", headers={"x-fingerpost-cache-control": "no-store"})
     assert response.content == json.dumps(response.json(), ensure_ascii=False).encode()

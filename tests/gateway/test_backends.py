@@ -29,7 +29,11 @@ FLAT = {"type": "FLAT", "params": {}}
 
 
 def start(
-    stack: Stack, stub: Server, start_gateway: StartGateway, backend: tuple[dict[str, Any], dict[str, Any]], **cache: Any
+    stack: Stack,
+    stub: Server,
+    start_gateway: StartGateway,
+    backend: tuple[dict[str, Any], dict[str, Any]],
+    **cache: Any,
 ) -> Server:
     section, milvus = backend
     changes = {
@@ -77,8 +81,12 @@ def test_a_second_start_keeps_the_cache(stack, stub, start_gateway, backend) -> 
     second = start(stack, stub, start_gateway, backend)
 
     def outcome(question: str) -> str:
-        return str(chat(second.url, question, headers={"x-fingerpost-cache-control": "no-store"}).headers["x-fingerpost-cache"])
+        return str(
+            chat(second.url, question, headers={"x-fingerpost-cache-control": "no-store"}).headers["x-fingerpost-cache"]
+        )
 
-    wait_until("the stored answer to be searchable", lambda: outcome("Which lake is the deepest on Earth?") == "hit-semantic")
+    wait_until(
+        "the stored answer to be searchable", lambda: outcome("Which lake is the deepest on Earth?") == "hit-semantic"
+    )
     assert outcome("What is the deepest lake on Earth?") == "hit-exact"
     assert content(chat(second.url, "What is the deepest lake on Earth?")) == content(answer)

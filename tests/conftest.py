@@ -191,8 +191,6 @@ def content(response: httpx.Response) -> str:
 
 def events(response: httpx.Response) -> list[Tree]:
     """The chunks of a stream that ended as it should."""
-    import json
-
     payloads = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
     assert payloads[-1] == "[DONE]", response.text
     return [json.loads(payload) for payload in payloads[:-1]]

@@ -64,13 +64,15 @@ def test_openai_client_chats_streams_and_lists(client: openai.OpenAI) -> None:
     messages: Any = [{"role": "user", "content": "Say hello to the sea."}]
     whole = client.chat.completions.create(model="auto", messages=messages, max_tokens=24, seed=1)
     assert whole.choices[0].message.content
-    assert whole.usage is not None and whole.usage.total_tokens > 0
+    assert whole.usage is not None
+    assert whole.usage.total_tokens > 0
     stream = client.chat.completions.create(
         model=names[1], messages=messages, max_tokens=24, stream=True, stream_options={"include_usage": True}
     )
     chunks = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens > 0
 
 

@@ -32,7 +32,7 @@ check: .venv/done .venv/tests
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m check_jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(PY) -m check_jsonschema --builtin-schema vendor.compose-spec docker-compose.yml deploy/docker/gpu.yml
 
 # What `serve` starts on this machine, each with what it needs: nothing here is installed unless the configuration asks.
 triton: .venv-triton/done weights

@@ -35,6 +35,8 @@ def _address(value: object) -> object:
 def _url(value: object) -> object:
     if isinstance(value, str):
         parts = urlsplit(value)
+        if parts.path.rstrip("/").endswith("/v1"):
+            raise ValueError("leave out /v1, the gateway adds it")
         if parts.scheme in ("http", "https") and parts.hostname and not parts.query and not parts.fragment:
             return value.rstrip("/")
     raise ValueError("must be an http:// or https:// address, such as http://127.0.0.1:8000")

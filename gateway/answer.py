@@ -29,31 +29,41 @@ def from_completion(raw: bytes) -> Answer | None:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError:
         return None
-    if not isinstance(body, dict) or not isinstance(body.get("choices"), list) or len(body["choices"]) != 1:
-        return None
-    choice = body["choices"][0]
-    message = {key: value for key, value in choice.get("message", {}).items() if value not in (None, [], "")}
-    return _whole(body.get("model"), message, choice.get("finish_reason"), body.get("usage"))
+    match body:
+        case {"model": str(model), "choices": [{"message": dict(message), "finish_reason": "stop"}]}:
+            return _whole(model, _telling(message), body.get("usage"))
+    return None
 
 
-def _whole(
-    model: object, message: dict[str, Any], finish_reason: object, usage: dict[str, Any] | None
-) -> Answer | None:
-    if finish_reason != "stop" or not isinstance(model, str) or not message.get("content"):
+def _telling(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a message or a delta that say something."""
+    return {key: value for key, value in fields.items() if value not in (None, [], "")}
+
+
+def _whole(model: str, message: dict[str, Any], usage: object) -> Answer | None:
+    if not message.get("content") or not all(isinstance(value, str) for value in message.values()):
         return None
-    if not all(isinstance(value, str) for value in message.values()):
+    return Answer(model, {"role": "assistant", **message}, "stop", _figures(usage))
+
+
+def _figures(usage: object) -> dict[str, Any] | None:
+    """Usage as vLLM tells it: an object of numbers, or of objects of numbers; None when it is not."""
+    if not isinstance(usage, dict):
         return None
-    return Answer(model, {"role": "assistant", **message}, finish_reason, usage)
+    parts = [value for value in usage.values() if isinstance(value, dict)]
+    figures = [value for value in usage.values() if not isinstance(value, dict)]
+    figures += [value for part in parts for value in part.values()]
+    return usage if all(isinstance(value, int | float | None) for value in figures) else None
 
 
 class Assembly:
     """Puts an answer together from the events of a stream."""
 
     def __init__(self) -> None:
-        self._model: str | None = None
+        self._model: object = None
         self._message: dict[str, list[str]] = {}
-        self._finish_reason: str | None = None
-        self._usage: dict[str, Any] | None = None
+        self._finish_reason: object = None
+        self._usage: object = None
         self._size = 0
         self._done = False
         self._spoilt = False
@@ -69,10 +79,9 @@ class Assembly:
 
     def answer(self) -> Answer | None:
         """The answer; None when the stream was not whole."""
-        if self._spoilt or not self._done:
+        if self._spoilt or not self._done or self._finish_reason != "stop" or not isinstance(self._model, str):
             return None
-        message = {key: "".join(pieces) for key, pieces in self._message.items()}
-        return _whole(self._model, message, self._finish_reason, self._usage)
+        return _whole(self._model, {key: "".join(pieces) for key, pieces in self._message.items()}, self._usage)
 
     def _fold(self, payload: bytes) -> bool:
         """Add a chunk; False when the answer is not one that can be put together."""
@@ -89,10 +98,10 @@ class Assembly:
     def _fold_choice(self, choice: Any) -> bool:
         if not isinstance(choice, dict) or choice.get("index", 0) != 0 or not isinstance(choice.get("delta"), dict):
             return False
-        self._finish_reason = choice.get("finish_reason") or self._finish_reason
-        pieces = {key: value for key, value in choice["delta"].items() if value not in (None, [], "")}
-        if not all(isinstance(value, str) for value in pieces.values()):
+        pieces = _telling(choice["delta"])
+        if not all(isinstance(value, str) for value in pieces.values()) or (pieces and self._finish_reason):
             return False
+        self._finish_reason = choice.get("finish_reason") or self._finish_reason
         for key, value in pieces.items():
             if key == "role":
                 self._message[key] = [value]

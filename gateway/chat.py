@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -14,7 +15,7 @@ from gateway import answer as answers
 from gateway import policy, sse
 from gateway.answer import Answer
 from gateway.cache import Cache, CacheUnavailable, Entry, Hit, Origin
-from gateway.config import AUTO, Config, Model
+from gateway.config import AUTO, NAMED_RULE, Config, Model
 from gateway.degradation import Breaker
 from gateway.errors import UnknownModel, UpstreamUnavailable
 from gateway.metrics import Metrics
@@ -116,7 +117,7 @@ class Chat:
 
     def _decide(self, request: ChatRequest, reading: Reading | None) -> policy.Decision:
         if request.model != AUTO:
-            return policy.Decision(request.model, policy.NAMED_RULE)
+            return policy.Decision(request.model, NAMED_RULE)
         category, complexity = (reading.category, reading.complexity) if reading else (None, None)
         prompt = policy.Prompt(request.question, request.prompt_tokens, category, complexity)
         return policy.decide(self._config.policy, prompt)
@@ -280,7 +281,7 @@ def _headers(call: Call, outcome: str, origin: Origin) -> dict[str, str]:
         "x-fingerpost-rule": origin.rule,
     }
     if origin.category is not None:
-        headers["x-fingerpost-category"] = origin.category
+        headers["x-fingerpost-category"] = quote(origin.category, safe=" ")  # a user's own may be in any script
     if origin.complexity is not None:
         headers["x-fingerpost-complexity"] = f"{origin.complexity:.3f}"
     return headers

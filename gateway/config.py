@@ -19,6 +19,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 AUTO = "auto"
+DEFAULT_RULE = "default"  # none of the rules held
+NAMED_RULE = "named"  # the client asked for a model by its name
+BUILT_IN_RULES = (DEFAULT_RULE, NAMED_RULE)
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -26,38 +29,69 @@ class ConfigError(Exception):
     """The configuration cannot be used; one line per problem, each naming file, key and value."""
 
 
+def _not_a_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
 def _address(value: object) -> object:
-    if isinstance(value, str) and re.fullmatch(r"\[?[\w.:-]+\]?:\d{1,5}", value):
-        return value
-    raise ValueError("must be host:port")
+    """host:port"""
+    match = re.fullmatch(r"\[?[\w.:-]+\]?:(\d{1,5})", value) if isinstance(value, str) else None
+    if match is None or not 1 <= int(match[1]) <= 65535:
+        raise ValueError("must be host:port")
+    return value
 
 
 def _url(value: object) -> object:
-    if isinstance(value, str):
+    """The address of a server, without credentials: they would end in logs and metrics."""
+    if not isinstance(value, str) or not re.fullmatch(r"https?://[^\s?#]+", value):
+        raise ValueError("must be an http:// or https:// address, such as http://127.0.0.1:8000")
+    try:
         parts = urlsplit(value)
-        if parts.path.rstrip("/").endswith("/v1"):
-            raise ValueError("leave out /v1, the gateway adds it")
-        if parts.scheme in ("http", "https") and parts.hostname and not parts.query and not parts.fragment:
-            return value.rstrip("/")
-    raise ValueError("must be an http:// or https:// address, such as http://127.0.0.1:8000")
+        usable = parts.hostname is not None and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("must be an address with a host and, if any, a port from 1 to 65535")
+    if "@" in parts.netloc:
+        raise ValueError("must not hold credentials")
+    return value.rstrip("/")
 
 
-Port = Annotated[int, Field(ge=1, le=65535)]
-Positive = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Unit = Annotated[float, Field(ge=0, le=1)]
+def _endpoint(value: object) -> object:
+    url = str(_url(value))
+    if url.endswith("/v1"):
+        raise ValueError("leave out /v1, the gateway adds it")
+    return url
+
+
+def _milvus_uri(value: object) -> object:
+    if isinstance(value, str) and "://" in value:
+        return _url(value)
+    if isinstance(value, str) and value.endswith(".db") and "@" not in value:
+        return value
+    raise ValueError("must be an http:// or https:// address, or a file that ends in .db")
+
+
+Number = BeforeValidator(_not_a_boolean)
+Port = Annotated[int, Number, Field(ge=1, le=65535)]
+Positive = Annotated[int, Number, Field(ge=1)]
+Real = Annotated[float, Number, Field(allow_inf_nan=False)]
+Amount = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
+Unit = Annotated[float, Number, Field(ge=0, le=1)]
+Whole = Annotated[int, Number]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\x21-\x7e]+$")]
 Address = Annotated[str, BeforeValidator(_address)]
-Url = Annotated[str, BeforeValidator(_url)]
+Endpoint = Annotated[str, BeforeValidator(_endpoint)]
+T = TypeVar("T", bound="Section")
 
 
 class Section(BaseModel):
     """A mapping of the file: unknown keys are errors, values never change."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-S = TypeVar("S", bound=Section)
 
 
 class Listen(Section):
@@ -75,15 +109,15 @@ class Triton(Section):
 class Price(Section):
     """Price of a million tokens, in whatever currency the operator counts."""
 
-    input: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    output: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    input: Amount
+    output: Amount
 
 
 class Model(Section):
     """A model behind the gateway. `name` is what its endpoints serve it as."""
 
     name: Name
-    endpoints: Annotated[tuple[Url, ...], Field(min_length=1)]
+    endpoints: Annotated[tuple[Endpoint, ...], Field(min_length=1)]
     api_key: SecretStr | None = None
     price_per_million_tokens: Price
     context_window: Positive
@@ -98,8 +132,8 @@ class Upstream(Section):
 class Range(Section):
     """A half-open interval: at_least <= x < below."""
 
-    at_least: float | None = None
-    below: float | None = None
+    at_least: Real | None = None
+    below: Real | None = None
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
@@ -182,7 +216,7 @@ class MilvusConnection(Section):
 
     host: str = "127.0.0.1"
     port: Port = 19530
-    uri: str | None = None
+    uri: Annotated[str, BeforeValidator(_milvus_uri)] | None = None
     database: str = "default"
     timeout: Seconds = 30.0
     auth: MilvusAuth = MilvusAuth()
@@ -197,12 +231,6 @@ class MilvusConnection(Section):
     def is_file(self) -> bool:
         return self.uri is not None and "://" not in self.uri
 
-    @model_validator(mode="after")
-    def _usable(self) -> Self:
-        if self.uri is not None and self.is_file and not self.uri.endswith(".db"):
-            raise ValueError(f"uri: a Milvus Lite file ends in .db (got {self.uri!r})")
-        return self
-
 
 class VectorField(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] = "embedding"
@@ -212,7 +240,7 @@ class VectorField(Section):
 
 class Index(Section):
     type: str = "HNSW"
-    params: dict[str, int] = {}
+    params: dict[str, Whole] = {}
 
 
 class Collection(Section):
@@ -223,7 +251,7 @@ class Collection(Section):
 
 
 class Search(Section):
-    params: dict[str, int] = {}
+    params: dict[str, Whole] = {}
     topk: Positive = 5
     consistency_level: Literal["Strong", "Session", "Bounded", "Eventually"] = "Bounded"
 
@@ -284,7 +312,8 @@ def load(path: str | os.PathLike[str]) -> Config:
         raise ConfigError("\n".join(problems))
     backend = config.semantic_cache.backend_config_path
     if config.semantic_cache.backend_type == "milvus" and backend is not None:
-        config = config.model_copy(update={"milvus": validate(Milvus, _read(backend), backend)})
+        milvus = validate(Milvus, _read(backend, f"semantic_cache.backend_config_path in {source}"), backend)
+        config = config.model_copy(update={"milvus": milvus})
     return config
 
 
@@ -307,10 +336,8 @@ def check_against(config: Config, labels: Sequence[str], dimension: int) -> None
 
 def _inconsistencies(config: Config) -> Iterator[tuple[str, object, str]]:
     names = [model.name for model in config.models]
-    yield from _repeated("models", names)
-    yield from _repeated("policy.rules", [rule.name for rule in config.policy.rules])
-    if AUTO in names:
-        yield f"models[{names.index(AUTO)}].name", AUTO, "is the alias of routed requests; choose another name"
+    yield from _repeated("models", names, taken=(AUTO,))
+    yield from _repeated("policy.rules", [rule.name for rule in config.policy.rules], taken=BUILT_IN_RULES)
     for i, rule in enumerate(config.policy.rules):
         if rule.model not in names:
             yield f"policy.rules[{i}].model", rule.model, f"unknown model (known: {', '.join(names)})"
@@ -321,8 +348,10 @@ def _inconsistencies(config: Config) -> Iterator[tuple[str, object, str]]:
         yield "semantic_cache.backend_config_path", None, "missing: backend_type milvus needs it"
 
 
-def _repeated(key: str, names: list[str]) -> Iterator[tuple[str, object, str]]:
+def _repeated(key: str, names: list[str], taken: tuple[str, ...]) -> Iterator[tuple[str, object, str]]:
     for i, name in enumerate(names):
+        if name in taken:
+            yield f"{key}[{i}].name", name, "is the gateway's own; choose another name"
         if name in names[:i]:
             yield f"{key}[{i}].name", name, "is given twice"
 
@@ -333,56 +362,91 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int | float | bool | None) or key in seen:
+            if not isinstance(key, str | int | float | bool | None):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not a word", key_node.start_mark)
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> dict[str, object]:
+def _read(path: Path, key: str = "") -> dict[str, object]:
+    """The mapping in a YAML file, environment variables filled in; `key` is what named the file, if one did."""
+    where = f" (named by {key})" if key else ""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a subclass of SafeLoader)
+        tree = _parse(path.read_text(encoding="utf-8"), path)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}{where}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: is not UTF-8 text{where}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys to values")
-    return {str(key): _from_environment(value, path, str(key)) for key, value in tree.items()}
+        raise ConfigError(f"{path}: must be a mapping of keys to values{where}")
+    environment = _Environment(path)
+    try:
+        filled = {str(key): environment.replaced(value, str(key)) for key, value in tree.items()}
+    except RecursionError:
+        raise ConfigError(f"{path}: contains itself") from None
+    if environment.problems:
+        raise ConfigError("\n".join(environment.problems))
+    return filled
+
+
+def _parse(text: str, path: Path) -> object:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of SafeLoader)
+    except yaml.MarkedYAMLError as error:  # its own words quote the file, which may hold a secret
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}: line {line}: is not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply") from None
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
-def _from_environment(value: object, path: Path, key: str) -> object:
-    """Replace ${NAME} and ${NAME:-default} in every string below `value`."""
+class _Environment:
+    """Replaces ${NAME} and ${NAME:-default} in strings; the default stands for unset and for empty."""
 
-    def look_up(match: re.Match[str]) -> str:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.problems: list[str] = []
+
+    def replaced(self, value: object, key: str = "") -> object:
+        """`value`, the one of `key`, with the variables in every string below it filled in."""
+        if isinstance(value, str):
+            return _VARIABLE.sub(lambda match: self._look_up(match, key), value)
+        if isinstance(value, dict):
+            return {str(k): self.replaced(v, f"{key}.{k}".lstrip(".")) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self.replaced(v, f"{key}[{i}]") for i, v in enumerate(value)]
+        return value
+
+    def _look_up(self, match: re.Match[str], key: str) -> str:
         name, default = match.groups()
-        found = os.environ.get(name, default)
-        if found is None:
-            raise ConfigError(_line(path, key, match.group(), f"environment variable {name} is not set"))
-        return found
-
-    if isinstance(value, str):
-        return _VARIABLE.sub(look_up, value)
-    if isinstance(value, dict):
-        return {str(k): _from_environment(v, path, f"{key}.{k}") for k, v in value.items()}
-    if isinstance(value, list):
-        return [_from_environment(v, path, f"{key}[{i}]") for i, v in enumerate(value)]
-    return value
+        found = os.environ.get(name)
+        if found is None and default is None:
+            self.problems.append(f"{self._path}: {key}: environment variable {name} is not set")
+        return found or default or ""
 
 
-def validate(section: type[S], tree: dict[str, object], path: Path) -> S:
+def validate(section: type[T], tree: object, path: Path) -> T:
     """Check `tree`, read from `path`, against `section`; raises `ConfigError`."""
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        problems = [_line(path, _key(e["loc"]), e["input"], _reason(e["type"], e["msg"])) for e in error.errors()]
+        errors = error.errors()
+        causes = [e for e in errors if not any(_inside(other["loc"], e["loc"]) for other in errors)]
+        problems = [_line(path, _key(e["loc"]), e["input"], _reason(e["type"], e["msg"])) for e in causes]
         raise ConfigError("\n".join(problems)) from None
+
+
+def _inside(location: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    return len(location) > len(outer) and location[: len(outer)] == outer
 
 
 def _key(location: tuple[int | str, ...]) -> str:
@@ -394,12 +458,18 @@ def _reason(kind: str, message: str) -> str:
     return known.get(kind, message.removeprefix("Value error, "))
 
 
-_SECRET = re.compile(r"password|api_key|secret|token$", re.IGNORECASE)
+_SECRET = re.compile(r"(api_?key|pass\w*|secret\w*|auth\w*|token|credential\w*)(\[\d+\])?$", re.IGNORECASE)
+_CREDENTIALS = re.compile(r"[^\s/'\"]*@")
 
 
 def _line(path: Path, key: str, value: object, problem: str) -> str:
-    """`file: key: problem (value)`; mappings are not repeated, secrets not shown, long values cut."""
-    if problem == "missing key" or isinstance(value, dict | None):
-        return f"{path}: {key}: {problem}"
-    shown = "***" if _SECRET.search(key) else repr(value)
-    return f"{path}: {key}: {problem} (got {shown if len(shown) <= 80 else shown[:77] + '...'})"
+    """`file: key: problem (got value)`; secrets and mappings are not shown, long values cut."""
+    where = f"{path}: {key}" if key else str(path)
+    if problem == "missing key" or value is None or _holds_mappings(value):
+        return f"{where}: {problem}"
+    shown = "***" if _SECRET.search(key) else _CREDENTIALS.sub("***@", repr(value))
+    return f"{where}: {problem} (got {shown if len(shown) <= 80 else shown[:77] + '...'})"
+
+
+def _holds_mappings(value: object) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list | tuple) and any(map(_holds_mappings, value)))

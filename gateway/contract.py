@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import orjson
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from gateway.config import ConfigError, Section, validate
 
@@ -22,6 +22,12 @@ class Contract:
     classifier: str  # fingerprint of the classifier's weights
 
 
+def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(labels)) < len(labels):
+        raise ValueError("a label is given twice")
+    return labels
+
+
 class _Manifest(Section):
     model_config = ConfigDict(extra="ignore")  # the rest is for people
 
@@ -33,7 +39,7 @@ class _Embedder(_Manifest):
 
 
 class _Classifier(_Manifest):
-    labels: Annotated[tuple[str, ...], Field(min_length=2)]
+    labels: Annotated[tuple[str, ...], Field(min_length=2), AfterValidator(_distinct)]
 
 
 M = TypeVar("M", bound=_Manifest)

@@ -6,10 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from gateway.config import Condition, Policy
-
-DEFAULT_RULE = "default"
-NAMED_RULE = "named"  # the client asked for a model by its name
+from gateway.config import DEFAULT_RULE, Condition, Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,5 +45,13 @@ def holds(when: Condition, prompt: Prompt) -> bool:
 
 @lru_cache(maxsize=256)
 def _pattern(keywords: tuple[str, ...]) -> re.Pattern[str]:
-    """Any of the keywords as whole words, whatever their case."""
-    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, keywords))})(?!\w)", re.IGNORECASE)
+    """Any of the keywords as whole words, whatever their case.
+
+    A word of a script that puts no spaces between words (whose letters have no case) is found wherever it stands.
+    """
+    words = [rf"(?<!\w){re.escape(word)}(?!\w)" if _is_spaced(word) else re.escape(word) for word in keywords]
+    return re.compile("|".join(words), re.IGNORECASE)
+
+
+def _is_spaced(word: str) -> bool:
+    return word.isascii() or word.lower() != word.upper()

@@ -78,9 +78,17 @@ def tenant(headers: Mapping[str, str]) -> str:
 def scope_key(request: ChatRequest, tenant: str) -> str:
     """Digest of everything that can change the answer other than the wording of the last user turn."""
     *earlier, last = request.body["messages"]
-    around = {key: value for key, value in last.items() if key != "content"}
+    around = {**last, "content": _without_text(last.get("content"))}
     fields = {key: value for key, value in request.body.items() if key not in FORM_FIELDS and key != "messages"}
     return hashlib.sha256(orjson.dumps([tenant, fields, earlier, around], option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def _without_text(content: object) -> object:
+    """What a message's content says beside its text: nothing, for a string."""
+    if not isinstance(content, list):
+        return []
+    beside = ({key: value for key, value in part.items() if key not in ("type", "text")} for part in content)
+    return [fields for fields in beside if fields]
 
 
 def question_key(scope: str, question: str) -> str:
@@ -99,7 +107,7 @@ def upstream_body(request: ChatRequest, model: str, *, want_usage: bool) -> byte
 def _decode(raw: bytes) -> Body:
     try:
         body = orjson.loads(raw)
-        orjson.dumps(body)  # refuses what it could not pass on: deeper nesting than it writes
+        orjson.dumps([body])  # refuses what could not be passed on: deeper nesting than orjson writes
     except orjson.JSONDecodeError as error:
         raise BadRequest(f"the body is not valid JSON: {error}") from error
     except orjson.JSONEncodeError as error:
@@ -165,8 +173,11 @@ def _uncacheable(body: Body, messages: list[Body]) -> str | None:
         return "n is not 1"
     if isinstance(temperature, int | float) and temperature > MAX_CACHED_TEMPERATURE:
         return f"temperature is above {MAX_CACHED_TEMPERATURE}"
-    if any(body.get(key) for key in ("logprobs", "top_logprobs", "prompt_logprobs")):
+    wanted = (body.get(key) for key in ("logprobs", "top_logprobs", "prompt_logprobs"))
+    if any(value is not None and value is not False for value in wanted):  # 0 asks for them, too
         return "log probabilities are asked for"
+    if body.get("return_token_ids"):
+        return "token ids are asked for"
     return None
 
 

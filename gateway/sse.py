@@ -18,7 +18,7 @@ class FrameSplitter:
     def feed(self, chunk: bytes) -> list[bytes]:
         """The events that `chunk` completes, each with its blank line."""
         buffer, frames, start = self._rest + chunk, [], 0
-        for boundary in _BOUNDARY.finditer(buffer):
+        for boundary in _BOUNDARY.finditer(buffer, max(0, len(self._rest) - 3)):  # one may have begun in the rest
             frames.append(buffer[start : boundary.end()])
             start = boundary.end()
         self._rest = buffer[start:]

@@ -31,6 +31,7 @@ test: .venv/done .venv/tests triton milvus vllm
 check: .venv/done .venv/tests
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict gateway deploy
 	$(PY) -m mypy
 	$(PY) -m check_jsonschema --builtin-schema vendor.compose-spec docker-compose.yml deploy/docker/gpu.yml
 

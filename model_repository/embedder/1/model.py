@@ -1,0 +1,76 @@
+"""What `embedder` and `classifier` both are: texts in, one tokenisation, one ONNX pass, the graph's outputs out.
+
+Triton hands `execute` every request of a dynamic batch; all their texts go through the network together. Beside the
+graph's own outputs each text gets `truncated` (its end was not read) and `fingerprint` (which weights answered).
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import triton_python_backend_utils as pb_utils
+from tokenizers import Tokenizer
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read `weights` beside the version folder. Raises TritonModelException naming what is missing or wrong."""
+        model = Path(args["model_repository"])
+        manifest, network, tokenizer = _read(model / "weights")
+        self.fingerprint = manifest["fingerprint"].encode()
+        self.max_characters = 32 * manifest["max_tokens"]
+        self.tokenizer = Tokenizer.from_str(tokenizer.decode())
+        self.tokenizer.enable_truncation(manifest["max_tokens"])
+        self.tokenizer.enable_padding()
+        self.session = _session(network, json.loads(args["model_config"])["parameters"])
+        self.outputs = [output.name for output in self.session.get_outputs()]
+
+    def execute(self, requests: list) -> list:
+        """Answer every request of the batch from one forward pass; `text` is BYTES [n, 1], UTF-8, bad bytes replaced."""
+        texts = [pb_utils.get_input_tensor_by_name(request, "text").as_numpy()[:, 0] for request in requests]
+        answers = self._run([text.decode(errors="replace") for text in np.concatenate(texts)])
+        ends = np.cumsum([len(text) for text in texts])
+        parts = {name: np.split(values, ends[:-1]) for name, values in answers.items()}
+        return [
+            pb_utils.InferenceResponse(
+                [pb_utils.Tensor(name, np.ascontiguousarray(part[i])) for name, part in parts.items()]
+            )
+            for i in range(len(requests))
+        ]
+
+    def _run(self, texts: list[str]) -> dict[str, np.ndarray]:
+        """Outputs of the graph [B, ...], `truncated` bool [B, 1] and `fingerprint` bytes [B, 1]."""
+        encodings = self.tokenizer.encode_batch([text[: self.max_characters] for text in texts])
+        inputs = {
+            "input_ids": np.array([encoding.ids for encoding in encodings]),
+            "attention_mask": np.array([encoding.attention_mask for encoding in encodings]),
+        }
+        answers = dict(zip(self.outputs, self.session.run(None, inputs), strict=True))
+        # A text past the character limit may still be few tokens; calling it truncated errs on the safe side.
+        cut = [bool(e.overflowing) or len(t) > self.max_characters for e, t in zip(encodings, texts, strict=True)]
+        answers["truncated"] = np.array(cut)[:, None]
+        answers["fingerprint"] = np.full((len(texts), 1), self.fingerprint, dtype=object)
+        return answers
+
+
+def _read(weights: Path) -> tuple[dict, bytes, bytes]:
+    """Manifest, network and tokeniser of one and the same export."""
+    for name in ("manifest.json", "model.onnx", "tokenizer.json"):
+        if not (weights / name).exists():
+            raise pb_utils.TritonModelException(f"{weights / name} is missing; `make train` writes it")
+    manifest = json.loads((weights / "manifest.json").read_bytes())
+    network, tokenizer = (weights / "model.onnx").read_bytes(), (weights / "tokenizer.json").read_bytes()
+    if hashlib.sha256(network + tokenizer).hexdigest()[:16] != manifest["fingerprint"]:
+        raise pb_utils.TritonModelException(f"{weights}: the files do not match fingerprint {manifest['fingerprint']}")
+    return manifest, network, tokenizer
+
+
+def _session(network: bytes, parameters: dict) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = int(parameters["threads"]["string_value"])
+    options.inter_op_num_threads = 1
+    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+    return onnxruntime.InferenceSession(network, options, providers=providers)

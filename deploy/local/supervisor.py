@@ -29,7 +29,7 @@ from honcho.process import Popen, Process
 from deploy.local.parts import Part
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 30  # between two lines that say what is still starting
 TROUBLE = ("error", "exception", "fatal", "panic")
 

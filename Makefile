@@ -4,7 +4,7 @@ PYTHON ?= python3
 CONFIG ?= config/config.yaml
 BASE ?= small
 PY := .venv/bin/python
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --progress-bar off
+PIP_INSTALL := -m pip install --disable-pip-version-check
 PINNED := --constraint deploy/local/constraints.txt
 
 .PHONY: help serve test check train weights triton milvus vllm smollm2 clean

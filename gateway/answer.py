@@ -12,7 +12,7 @@ import orjson
 
 from gateway import sse
 
-MAX_ANSWER_BYTES = 1024 * 1024
+MAX_ANSWER_CHARACTERS = 1024 * 1024  # a longer answer is passed on, not kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,8 @@ def _telling(fields: dict[str, Any]) -> dict[str, Any]:
 def _whole(model: str, message: dict[str, Any], usage: object) -> Answer | None:
     if not message.get("content") or not all(isinstance(value, str) for value in message.values()):
         return None
+    if sum(map(len, message.values())) > MAX_ANSWER_CHARACTERS:
+        return None
     return Answer(model, {"role": "assistant", **message}, "stop", _figures(usage))
 
 
@@ -65,21 +67,21 @@ class Assembly:
         self._finish_reason: object = None
         self._usage: object = None
         self._size = 0
-        self._done = False
+        self.done = False  # the end was seen
         self._spoilt = False
 
     def add(self, payload: bytes) -> None:
         """Take the payload of one event."""
         self._size += len(payload)
-        self._spoilt = self._spoilt or self._size > 16 * MAX_ANSWER_BYTES  # a chunk's envelope outweighs its text
+        self._spoilt = self._spoilt or self._size > 16 * MAX_ANSWER_CHARACTERS  # a chunk's envelope outweighs its text
         if payload == b"[DONE]":
-            self._done = True
+            self.done = True
         elif payload and not self._spoilt:
             self._spoilt = not self._fold(payload)
 
     def answer(self) -> Answer | None:
         """The answer; None when the stream was not whole."""
-        if self._spoilt or not self._done or self._finish_reason != "stop" or not isinstance(self._model, str):
+        if self._spoilt or not self.done or self._finish_reason != "stop" or not isinstance(self._model, str):
             return None
         return _whole(self._model, {key: "".join(pieces) for key, pieces in self._message.items()}, self._usage)
 

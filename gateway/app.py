@@ -106,7 +106,7 @@ async def route(request: Request) -> Response:
     return JSONResponse(
         {
             "model": found.model.name,
-            "endpoint": found.model.endpoints[0],
+            "endpoint": request.state.upstream.next_endpoint(found.model),
             "rule": found.rule,
             "category": reading.category if reading else None,
             "category_scores": reading.category_scores if reading else None,
@@ -226,6 +226,9 @@ class Counted:
         scope["state"]["request_id"] = theirs if is_request_id(theirs) else uuid.uuid4().hex
         try:
             await self._app(scope, receive, counting)
+        except Exception:
+            status = status or 500  # sent outside of this
+            raise
         finally:
             path = scope["route"].path if "route" in scope else "unknown"
             self._metrics.requests.labels(path, status or "none").inc()

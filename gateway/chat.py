@@ -206,13 +206,16 @@ class Chat:
 
         A usage chunk that the gateway asked for and the client did not is left out.
         """
-        splitter, assembly = sse.FrameSplitter(), answers.Assembly()
+        splitter, assembly, finished = sse.FrameSplitter(), answers.Assembly(), False
         try:
             async for chunk in reply.chunks():
                 frames = splitter.feed(chunk)
                 if splitter.pending > MAX_FRAME_BYTES:
                     raise UpstreamBroken(f"an event is longer than {MAX_FRAME_BYTES} bytes")
                 kept = [frame for frame in frames if self._keep(frame, assembly, keep_usage=keep_usage)]
+                if assembly.done and not finished:  # before the client sees it, who may leave or ask again at once
+                    finished = True
+                    self._finish(call, route, assembly.answer(), store=store)
                 if kept:
                     yield b"".join(kept)
         except UpstreamBroken as error:
@@ -220,7 +223,6 @@ class Chat:
             raise
         if rest := splitter.flush():
             yield rest
-        self._finish(call, route, assembly.answer(), store=store)
 
     @staticmethod
     def _keep(frame: bytes, assembly: answers.Assembly, *, keep_usage: bool) -> bool:

@@ -16,13 +16,22 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
 AUTO = "auto"
 DEFAULT_RULE = "default"  # none of the rules held
 NAMED_RULE = "named"  # the client asked for a model by its name
+RESERVED_FIELDS = ("key", "scope", "question", "answer", "expires_at")  # of the collection, beside the vector
 BUILT_IN_RULES = (DEFAULT_RULE, NAMED_RULE)
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 class ConfigError(Exception):
@@ -74,6 +83,18 @@ def _milvus_uri(value: object) -> object:
     raise ValueError("must be an http:// or https:// address, or a file that ends in .db")
 
 
+def _header(secret: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[\x21-\x7e]+", secret.get_secret_value()):
+        raise ValueError("must be printable ASCII without spaces, and not empty")
+    return secret
+
+
+def _not_taken(name: str) -> str:
+    if name in RESERVED_FIELDS:
+        raise ValueError("is the name of another field of the collection")
+    return name
+
+
 Number = BeforeValidator(_not_a_boolean)
 Port = Annotated[int, Number, Field(ge=1, le=65535)]
 Positive = Annotated[int, Number, Field(ge=1)]
@@ -86,6 +107,11 @@ Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\x21-\x7e]
 Address = Annotated[str, BeforeValidator(_address)]
 Endpoint = Annotated[str, BeforeValidator(_endpoint)]
 T = TypeVar("T", bound="Section")
+
+
+IndexType = Literal[
+    "HNSW", "FLAT", "IVF_FLAT", "IVF_SQ8", "IVF_PQ", "SCANN", "DISKANN", "AUTOINDEX", "GPU_IVF_FLAT", "GPU_CAGRA"
+]
 
 
 class Section(BaseModel):
@@ -118,7 +144,7 @@ class Model(Section):
 
     name: Name
     endpoints: Annotated[tuple[Endpoint, ...], Field(min_length=1)]
-    api_key: SecretStr | None = None
+    api_key: Annotated[SecretStr, AfterValidator(_header)] | None = None
     price_per_million_tokens: Price
     context_window: Positive
     size: Literal["small", "medium", "large"]
@@ -147,11 +173,17 @@ class Range(Section):
         return (self.at_least is None or value >= self.at_least) and (self.below is None or value < self.below)
 
 
+def _probable(given: Range) -> Range:
+    if any(end is not None and not 0 <= end <= 1 for end in (given.at_least, given.below)):
+        raise ValueError("must lie within 0 and 1")
+    return given
+
+
 class Condition(Section):
     """All that is given must hold: one of the categories, a complexity and prompt_tokens in range, one keyword."""
 
     category: tuple[str, ...] = ()
-    complexity: Range | None = None
+    complexity: Annotated[Range, AfterValidator(_probable)] | None = None
     prompt_tokens: Range | None = None
     keywords: tuple[Annotated[str, Field(min_length=1)], ...] = ()
 
@@ -233,13 +265,13 @@ class MilvusConnection(Section):
 
 
 class VectorField(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] = "embedding"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_]\w{0,200}$"), AfterValidator(_not_taken)] = "embedding"
     dimension: Positive | None = None
     metric_type: Literal["IP", "COSINE"] = "IP"
 
 
 class Index(Section):
-    type: str = "HNSW"
+    type: IndexType = "HNSW"
     params: dict[str, Whole] = {}
 
 
@@ -252,8 +284,14 @@ class Collection(Section):
 
 class Search(Section):
     params: dict[str, Whole] = {}
-    topk: Positive = 5
+    topk: Annotated[int, Number, Field(ge=1, le=100)] = 5
     consistency_level: Literal["Strong", "Session", "Bounded", "Eventually"] = "Bounded"
+
+    @model_validator(mode="after")
+    def _searchable(self) -> Self:
+        if self.params.get("ef", self.topk) < self.topk:
+            raise ValueError(f"params.ef ({self.params['ef']}) must not be less than topk ({self.topk})")
+        return self
 
 
 class Milvus(Section):

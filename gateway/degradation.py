@@ -24,21 +24,21 @@ class Breaker:
         self._part = part
         self._metrics = metrics
         self._clock = clock
-        self._closed_until: float | None = None  # None: the part works as far as is known
+        self._skip_until: float | None = None  # None: the part works as far as is known
 
     @property
     def allows(self) -> bool:
-        return self._closed_until is None or self._clock() >= self._closed_until
+        return self._skip_until is None or self._clock() >= self._skip_until
 
     def worked(self) -> None:
-        if self._closed_until is not None:
+        if self._skip_until is not None:
             log.warning("%s answers again", self._part)
-        self._closed_until = None
+        self._skip_until = None
 
     def failed(self, error: Exception) -> None:
-        if self._closed_until is None:
+        if self._skip_until is None:
             log.warning("%s does not answer, going on without it: %s", self._part, error)
-        self._closed_until = self._clock() + COOL_DOWN_SECONDS
+        self._skip_until = self._clock() + COOL_DOWN_SECONDS
 
     def skipped(self) -> None:
         """Count a request that went on without the part."""

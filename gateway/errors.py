@@ -4,7 +4,8 @@
     ├── BadRequest           400  the body or a header is not what the API takes
     ├── UnknownModel         404  neither an alias nor a configured model
     ├── BodyTooLarge         413  more bytes than listen.max_body_bytes
-    └── UpstreamUnavailable  503  no endpoint of the chosen model answered
+    ├── UpstreamUnavailable  503  no endpoint of the chosen model can be reached, or it broke off
+    └── UpstreamTimeout      504  the endpoint took the request and fell silent
 
 Every one is sent in OpenAI's form, `{"error": {"message", "type", "param", "code"}}`. Failures of Triton and Milvus are
 not here: they never reach a client, see `gateway.degradation`.
@@ -49,6 +50,12 @@ class UpstreamUnavailable(ApiError):
     status = 503
     type = "api_error"
     code = "upstream_unavailable"
+
+
+class UpstreamTimeout(ApiError):
+    status = 504
+    type = "api_error"
+    code = "upstream_timeout"
 
 
 def openai_form(message: str, type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

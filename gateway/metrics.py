@@ -26,7 +26,7 @@ class Metrics:
         self.degradations = counter("degradations", "Steps left out because a part did not answer", ["part"])
         self.endpoint_errors = counter("endpoint_errors", "Endpoints that could not be reached", ["model", "endpoint"])
         self.tokens = counter("tokens", "Tokens of whole answers generated upstream", ["model", "kind"])
-        self.cost = counter("cost", "Price of the tokens generated upstream", ["model"])
+        self.cost = counter("cost", "Price of whole answers generated upstream", ["model"])
         self.saved = counter("saved_cost", "Price of the tokens that hits did not generate again", ["model"])
         self.router_seconds = histogram("router_seconds", "The Triton round trip", buckets=_FAST)
         self.lookup_seconds = histogram("cache_lookup_seconds", "One cache lookup", ["kind"], buckets=_FAST)

@@ -6,6 +6,7 @@ Only what the gateway itself reads is validated; everything else is passed on to
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,6 +105,16 @@ def upstream_body(request: ChatRequest, model: str, *, want_usage: bool) -> byte
     return orjson.dumps(body)
 
 
+_MANY_DIGITS = re.compile(rb"\d{19}")
+
+
+def _as_passed_on(digits: str) -> int:
+    """Raises `BadRequest` for a whole number that orjson would turn into a float."""
+    if not -(2**63) <= (number := int(digits[:25])) < 2**64 or len(digits) > 25:
+        raise BadRequest("the body holds a whole number of more than 64 bits")
+    return number
+
+
 def _decode(raw: bytes) -> Body:
     try:
         body = orjson.loads(raw)
@@ -112,6 +123,8 @@ def _decode(raw: bytes) -> Body:
         raise BadRequest(f"the body is not valid JSON: {error}") from error
     except orjson.JSONEncodeError as error:
         raise BadRequest(f"the body cannot be passed on: {error}") from error
+    if _MANY_DIGITS.search(raw):
+        json.loads(raw, parse_int=_as_passed_on)
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object")
     return body
@@ -159,6 +172,10 @@ def _text(message: Body) -> str:
     return content or ""
 
 
+def _is_low(temperature: object) -> bool:
+    return isinstance(temperature, int | float) and temperature <= MAX_CACHED_TEMPERATURE
+
+
 def _uncacheable(body: Body, messages: list[Body]) -> str | None:
     last = messages[-1]
     content = last.get("content")
@@ -171,7 +188,7 @@ def _uncacheable(body: Body, messages: list[Body]) -> str | None:
     n, temperature = body.get("n"), body.get("temperature")
     if n not in (None, 1):
         return "n is not 1"
-    if isinstance(temperature, int | float) and temperature > MAX_CACHED_TEMPERATURE:
+    if temperature is not None and not _is_low(temperature):
         return f"temperature is above {MAX_CACHED_TEMPERATURE}"
     wanted = (body.get(key) for key in ("logprobs", "top_logprobs", "prompt_logprobs"))
     if any(value is not None and value is not False for value in wanted):  # 0 asks for them, too

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import AsyncIterator, Mapping
 
 import aiohttp
 
 from gateway import config
-from gateway.errors import UpstreamUnavailable
+from gateway.errors import UpstreamTimeout, UpstreamUnavailable
 from gateway.metrics import Metrics
 
 log = logging.getLogger("fingerpost")
 
 PATH = "/v1/chat/completions"
+KEEP_ALIVE_SECONDS = 4  # less than vLLM's 5, so that no request meets a connection that is just being closed
 # What an answer's header may tell the client; the rest describes this connection, not the answer.
 PASSED_ON = ("content-type", "retry-after")
 
@@ -60,9 +60,9 @@ class Upstream:
 
     def __init__(self, settings: config.Upstream, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._turn = itertools.count()
+        self._turn = 0
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS),
             timeout=aiohttp.ClientTimeout(
                 total=None, sock_connect=settings.connect_timeout_seconds, sock_read=settings.idle_timeout_seconds
             ),
@@ -73,15 +73,27 @@ class Upstream:
     async def send(self, model: config.Model, body: bytes, request_id: str) -> Reply:
         """Post `body` to the model's endpoints in turn until one answers, whatever its status.
 
-        Raises `UpstreamUnavailable` when none can be reached.
+        Raises `UpstreamUnavailable` when none can be reached, `UpstreamTimeout` when one took it and fell silent.
         """
-        for endpoint in in_turn(model.endpoints, next(self._turn)):
+        endpoints = in_turn(model.endpoints, self._turn)
+        self._turn += 1
+        for endpoint in endpoints:
             try:
                 return Reply(await self._session.post(endpoint + PATH, data=body, headers=_headers(model, request_id)))
+            except aiohttp.SocketTimeoutError as error:  # it has the request: another endpoint would only do it twice
+                self._failed(model, endpoint, request_id, error)
+                raise UpstreamTimeout(f"model {model.name!r} was silent for too long") from error
             except (aiohttp.ClientError, TimeoutError) as error:
-                self._metrics.endpoint_errors.labels(model.name, endpoint).inc()
-                log.warning("%s: model %s: %s: %s", request_id, model.name, endpoint, error or type(error).__name__)
+                self._failed(model, endpoint, request_id, error)
         raise UpstreamUnavailable(f"no endpoint of model {model.name!r} can be reached")
+
+    def next_endpoint(self, model: config.Model) -> str:
+        """The one that the next request for the model is sent to first."""
+        return in_turn(model.endpoints, self._turn)[0]
+
+    def _failed(self, model: config.Model, endpoint: str, request_id: str, error: Exception) -> None:
+        self._metrics.endpoint_errors.labels(model.name, endpoint).inc()
+        log.warning("%s: model %s: %s: %s", request_id, model.name, endpoint, str(error) or type(error).__name__)
 
     async def check(self, model: config.Model) -> bool:
         """Whether some endpoint of the model is healthy."""

@@ -55,7 +55,7 @@ def _triton(config: Config) -> Iterator[Part]:
         "local.triton.http_port": local.http_port,
         "local.triton.metrics_port": local.metrics_port,
     }
-    needs = {Path(TRITON_PYTHON): "make triton", **dict.fromkeys(networks, "make weights")}
+    needs = {Path(TRITON_PYTHON): "make triton", **dict.fromkeys(networks, f"make train ARGS='--out {repository}'")}
     yield Part("triton", command, "127.0.0.1", ports, (f"http://127.0.0.1:{local.http_port}/v2/health/ready",), needs)
 
 

@@ -10,13 +10,16 @@ neither children of a part that is gone nor parts whose supervisor was killed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import http.client
+import json
 import shlex
 import signal
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from functools import partial
@@ -47,6 +50,19 @@ def is_ready(part: Part) -> bool:
     except (OSError, http.client.HTTPException):  # refused, closed, or another status
         return False
     return True
+
+
+def waits_for(part: Part) -> str:
+    """What a part that runs says it is waiting for, in brackets; nothing when it does not say."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        opener.open(part.ready[-1], timeout=5).close()
+    except urllib.error.HTTPError as answer:
+        with answer, contextlib.suppress(ValueError, KeyError, TypeError):
+            return f" (waiting for {', '.join(json.load(answer)['not_ready'])})"
+    except (OSError, http.client.HTTPException):
+        pass
+    return ""
 
 
 def last_words(log: Path) -> str:
@@ -129,7 +145,7 @@ class Supervisor(Manager):  # type: ignore[misc]
                 say(f"{part.name} is ready after {time.monotonic() - started:.1f} s")
             if waiting and time.monotonic() > patience:
                 patience += PATIENCE_SECONDS
-                say(f"still starting {', '.join(part.name for part in waiting)}")
+                say(f"still starting {', '.join(part.name + waits_for(part) for part in waiting)}")
             time.sleep(POLL_SECONDS)
         if not self.stopping:
             say(self.welcome)

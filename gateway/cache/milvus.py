@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -28,6 +29,8 @@ from gateway.metrics import Metrics
 
 log = logging.getLogger("fingerpost")
 
+FORM = 1  # of what is stored; another form is another collection
+TTL_PROPERTY = "collection.ttl.seconds"
 RECENT_ENTRIES = 512
 QUEUED_ENTRIES = 1024
 BATCH_ENTRIES = 64
@@ -45,7 +48,7 @@ class SchemaMismatch(Exception):
 
 
 class MilvusCache:
-    """`namespace` is the embedder's fingerprint: it ends the collection's name, so two embedders never share one."""
+    """`namespace` is the embedder's fingerprint: it is in the collection's name, so two embedders never share one."""
 
     def __init__(
         self,
@@ -58,7 +61,7 @@ class MilvusCache:
         metrics: Metrics,
     ) -> None:
         self._settings = settings
-        self._collection = f"{settings.collection.name}_{namespace}"
+        self._collection = f"{settings.collection.name}_{namespace}_v{FORM}"
         self._vector = settings.collection.vector_field.name
         self._dimension = dimension
         self._ttl_seconds = ttl_seconds
@@ -66,49 +69,39 @@ class MilvusCache:
         self._recent = MemoryCache(RECENT_ENTRIES, eviction_policy, dimension)
         self._queue: asyncio.Queue[Entry] = asyncio.Queue(QUEUED_ENTRIES)
         self._client = AsyncMilvusClient(**connection_arguments(settings))
-        self._open = False
-        self._reopen = asyncio.Event()
-        self._reopen.set()
+        self._open = asyncio.Event()
+        self._broken = asyncio.Event()
+        self._broken.set()
         self._why = "is being opened"
         self._tasks = (asyncio.create_task(self._keep_open()), asyncio.create_task(self._write()))
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
 
     async def get(self, key: str) -> Entry | None:
         if recent := await self._recent.get(key):
             return recent
-        rows = await self._ask(
-            self._client.query,
-            filter=f'key == "{key}" and expires_at > {int(time.time())}',
-            output_fields=[*_FIELDS, self._vector],
-        )
-        if not rows:
-            return None
-        entry = self._entry(rows[0])
-        self._recent.put(entry)
+        wanted = f'key == "{key}" and expires_at > {int(time.time())}'
+        rows = await self._ask(self._client.query, filter=wanted, output_fields=[*_FIELDS, self._vector])
+        entry = self._entry(rows[0]) if rows else None
+        if entry is not None:
+            self._recent.put(entry)
         return entry
 
     async def search(self, scope: str, embedding: Vector, threshold: float) -> Hit | None:
         recent = await self._recent.search(scope, embedding, threshold)
         try:
-            found = await self._ask(
-                self._client.search,
-                data=[embedding.tolist()],
-                anns_field=self._vector,
-                filter=f'scope == "{scope}" and expires_at > {int(time.time())}',
-                limit=self._settings.search.topk,
-                search_params={
-                    "metric_type": self._settings.collection.vector_field.metric_type,
-                    "params": self._settings.search.params,
-                },
-                output_fields=[*_FIELDS, self._vector],
-            )
+            found = await self._nearest(embedding, f'scope == "{scope}" and expires_at > {int(time.time())}')
         except CacheUnavailable:
             if recent:
                 return recent
             raise
-        best = found[0][0] if found and found[0] else None
-        if best is None or best["distance"] < max(threshold, recent.similarity if recent else -1.0):
-            return recent
-        return Hit(self._entry(best["entity"]), float(best["distance"]))
+        for candidate in found:
+            if candidate["distance"] < max(threshold, recent.similarity if recent else threshold):
+                break
+            entry = await self._recent.get(candidate["entity"]["key"]) or self._entry(candidate["entity"])
+            if entry is not None:  # the process's own version is the newer one
+                return Hit(entry, float(candidate["distance"]))
+        return recent
 
     def put(self, entry: Entry) -> None:
         self._recent.put(entry)
@@ -118,24 +111,39 @@ class MilvusCache:
             self._metrics.stores.labels("dropped").inc()
 
     async def check(self) -> None:
-        if not self._open:
-            raise CacheUnavailable(f"{self._settings.connection.address}: {self._why}")
-        await self._ask(self._client.query, filter='key == ""', output_fields=["key"])
+        try:
+            await self._nearest(self._probe(), 'scope == ""')
+        except CacheUnavailable:
+            raise CacheUnavailable(f"{self._settings.connection.address}: {self._why}") from None
 
     async def close(self) -> None:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN_SECONDS if self._open else 0):
+            async with asyncio.timeout(DRAIN_SECONDS if self._open.is_set() else 0):
                 await self._queue.join()
         if left := self._queue.qsize():
-            log.warning("%d answers were not written to Milvus", left)
+            log.warning("milvus: %d answers were not written", left)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._client.close()
 
+    async def _nearest(self, embedding: Vector, wanted: str) -> list[dict[str, Any]]:
+        """The `search.topk` nearest rows that the filter `wanted` leaves, best first."""
+        field, search = self._settings.collection.vector_field, self._settings.search
+        found = await self._ask(
+            self._client.search,
+            data=[embedding.tolist()],
+            anns_field=field.name,
+            filter=wanted,
+            limit=search.topk,
+            search_params={"metric_type": field.metric_type, "params": search.params},
+            output_fields=[*_FIELDS, field.name],
+        )
+        return list(found[0])
+
     async def _ask(self, call: Any, **arguments: Any) -> Any:
         """One lookup, bounded in time; any failure closes the cache until `_keep_open` has opened it again."""
-        if not self._open:
+        if not self._open.is_set():
             raise CacheUnavailable(self._why)
         arguments |= {"consistency_level": self._settings.search.consistency_level}
         try:
@@ -145,34 +153,65 @@ class MilvusCache:
             self._fail(error)
             raise CacheUnavailable(self._why) from error
 
+    def _probe(self) -> Vector:
+        """A vector to search with when only the searching matters."""
+        return np.full(self._dimension, self._dimension**-0.5, dtype=np.float32)
+
     def _fail(self, error: BaseException) -> None:
         self._why = f"does not answer: {str(error) or type(error).__name__}"
-        self._open = False
-        self._reopen.set()
+        if self._open.is_set():
+            log.warning("milvus: %s; going on without it", self._why)
+        self._open.clear()
+        self._broken.set()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            log.error("milvus: a background task ended, restart the gateway", exc_info=error)
+            self._fail(error)
 
     async def _keep_open(self) -> None:
         while True:
-            await self._reopen.wait()
+            await self._broken.wait()
             try:
                 await self._open_collection()
             except (*_FAILURES, SchemaMismatch) as error:
                 if self._why != (why := str(error) or type(error).__name__):
-                    log.warning("milvus: going on without it: %s", why)
+                    log.warning("milvus: cannot be opened, going on without it: %s", why)
                 self._why = why
                 await asyncio.sleep(REOPEN_SECONDS)
             else:
-                self._open = True
-                self._reopen.clear()
+                self._broken.clear()
+                self._open.set()
                 log.info("milvus: collection %s is open", self._collection)
 
     async def _open_collection(self) -> None:
+        """Create what is not there, load it, and see that it can be searched as configured."""
         seconds = self._settings.connection.timeout
+        search = {
+            "metric_type": self._settings.collection.vector_field.metric_type,
+            "params": self._settings.search.params,
+        }
         async with asyncio.timeout(seconds):
             if not await self._client.has_collection(self._collection, timeout=seconds):
                 await self._create_collection()
             description = await self._client.describe_collection(self._collection, timeout=seconds)
             check_schema(description, self._vector, self._dimension)
+            await self._keep_ttl(description)
             await self._client.load_collection(self._collection, timeout=seconds)
+            await self._client.search(
+                self._collection,
+                data=[self._probe().tolist()],
+                anns_field=self._vector,
+                limit=self._settings.search.topk,
+                search_params=search,
+                timeout=seconds,
+            )
+
+    async def _keep_ttl(self, description: dict[str, Any]) -> None:
+        """Milvus drops rows by the collection's own time to live, which may be that of an earlier configuration."""
+        wanted = {TTL_PROPERTY: str(self._ttl_seconds)}
+        if description.get("properties", {}).get(TTL_PROPERTY) != wanted[TTL_PROPERTY]:
+            await self._client.alter_collection_properties(self._collection, wanted)
 
     async def _create_collection(self) -> None:
         wanted = self._settings.collection
@@ -196,7 +235,7 @@ class MilvusCache:
             self._collection,
             schema=schema,
             index_params=index,
-            properties={"collection.ttl.seconds": self._ttl_seconds},  # Milvus drops what has expired when it compacts
+            properties={TTL_PROPERTY: str(self._ttl_seconds)},  # Milvus drops what has expired when it compacts
             consistency_level=self._settings.search.consistency_level,
             timeout=self._settings.connection.timeout,
         )
@@ -206,6 +245,7 @@ class MilvusCache:
             batch = [await self._queue.get()]
             while len(batch) < BATCH_ENTRIES and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
+            await self._open.wait()
             await self._write_batch(batch)
             for _ in batch:
                 self._queue.task_done()
@@ -240,17 +280,22 @@ class MilvusCache:
             self._vector: entry.embedding.tolist(),
         }
 
-    def _entry(self, row: dict[str, Any]) -> Entry:
-        payload = orjson.loads(row["answer"])
-        return Entry(
-            key=row["key"],
-            scope=row["scope"],
-            question=row["question"],
-            embedding=np.asarray(row[self._vector], dtype=np.float32),
-            answer=Answer(**payload["answer"]),
-            origin=Origin(**payload["origin"]),
-            expires_at=row["expires_at"],
-        )
+    def _entry(self, row: dict[str, Any]) -> Entry | None:
+        """The entry in a row; None, counted, when it is not of this form."""
+        try:
+            payload = orjson.loads(row["answer"])
+            return Entry(
+                key=row["key"],
+                scope=row["scope"],
+                question=row["question"],
+                embedding=np.asarray(row[self._vector], dtype=np.float32),
+                answer=Answer(**payload["answer"]),
+                origin=Origin(**payload["origin"]),
+                expires_at=row["expires_at"],
+            )
+        except (KeyError, TypeError, ValueError):
+            self._count("unreadable", 1)
+            return None
 
 
 def _fits(row: dict[str, Any]) -> bool:
@@ -269,6 +314,8 @@ def check_schema(description: dict[str, Any], vector_field: str, dimension: int)
 def connection_arguments(settings: Milvus) -> dict[str, Any]:
     """The `connection` section as pymilvus takes it."""
     connection = settings.connection
+    if connection.is_file:
+        Path(connection.address).parent.mkdir(parents=True, exist_ok=True)
     arguments: dict[str, Any] = {"uri": connection.address, "timeout": connection.timeout, "dedicated": True}
     arguments["grpc_options"] = {"grpc.max_reconnect_backoff_ms": 1000}  # gRPC's own limit is two minutes
     if not connection.is_file:

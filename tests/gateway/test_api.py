@@ -383,3 +383,31 @@ def test_concurrent_requests_get_their_own_answers(ask: Ask) -> None:
 def test_json_from_vllm_is_passed_byte_for_byte(ask: Ask, stub: Server) -> None:
     response = ask("Bytes, please.", headers={"x-fingerpost-cache-control": "no-store"})
     assert response.content == json.dumps(response.json(), ensure_ascii=False).encode()
+
+
+def test_a_silent_endpoint_is_given_up_and_not_asked_twice(
+    stack: Stack, stub: Server, start_gateway: StartGateway
+) -> None:
+    gateway = start_gateway(
+        {
+            "triton": stack.config_tree["triton"],
+            "models": models(stub.url, stub.url + "/"),
+            "semantic_cache": {"enabled": False},
+            "upstream": {"idle_timeout_seconds": 0.2},
+        }
+    )
+    fail(stub, "slow")
+    before = len(received(stub))
+    response = chat(gateway.url)
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "upstream_timeout")
+    assert len(received(stub)) == before + 1
+
+
+def test_a_whole_answer_is_kept_though_the_client_leaves_at_its_end(gateway: Server, ask: Ask) -> None:
+    body = {"model": "auto", "stream": True, "messages": [{"role": "user", "content": "Leave me at the end."}]}
+    headers = {"Authorization": ask().request.headers["authorization"]}
+    with httpx.stream("POST", f"{gateway.url}/v1/chat/completions", json=body, headers=headers) as response:
+        for line in response.iter_lines():
+            if line == "data: [DONE]":
+                break
+    assert ask("Leave me at the end.").headers["x-fingerpost-cache"] == "hit-exact"

@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from pymilvus import MilvusClient
 
 from tests.conftest import Server, Stack, StartGateway, chat, content, models, wait_until
 
@@ -47,8 +49,6 @@ def start(
 
 
 def ready(gateway: Server) -> bool:
-    import httpx
-
     return httpx.get(f"{gateway.url}/ready", timeout=10).status_code == 200
 
 
@@ -90,3 +90,24 @@ def test_a_second_start_keeps_the_cache(stack, stub, start_gateway, backend) -> 
     )
     assert outcome("What is the deepest lake on Earth?") == "hit-exact"
     assert content(chat(second.url, "What is the deepest lake on Earth?")) == content(answer)
+
+
+@pytest.mark.parametrize("backend", ["milvus"], indirect=True)
+def test_a_longer_life_counts_for_an_existing_collection(stack, stub, start_gateway, backend) -> None:  # type: ignore[no-untyped-def]
+    for seconds in (3600, 86400):
+        start(stack, stub, start_gateway, backend, ttl_seconds=seconds)
+        client = MilvusClient(f"http://127.0.0.1:{stack.ports['milvus']}")
+        (name,) = [name for name in client.list_collections() if name.startswith(backend[1]["collection"]["name"])]
+        assert client.describe_collection(name)["properties"]["collection.ttl.seconds"] == str(seconds)
+
+
+@pytest.mark.parametrize("backend", ["milvus"], indirect=True)
+def test_a_collection_that_cannot_be_searched_as_configured_is_named(stack, stub, start_gateway, backend) -> None:  # type: ignore[no-untyped-def]
+    start(stack, stub, start_gateway, backend)
+    section, milvus = backend
+    other = {**milvus, "collection": {**milvus["collection"], "vector_field": {"metric_type": "COSINE"}}}
+    changes = {"triton": stack.config_tree["triton"], "models": models(stub.url), "semantic_cache": section}
+    gateway = start_gateway(changes, other)
+    wait_until("the log to say why", lambda: "cannot be opened" in gateway.log.read_text(), 30)
+    assert set(httpx.get(f"{gateway.url}/ready").json()["not_ready"]) == {"cache"}
+    assert chat(gateway.url, "Does it go on?").status_code == 200

@@ -173,7 +173,7 @@ def test_nobody_finds_a_prompt_in_the_logs(stack: Stack) -> None:
 def test_it_says_where_it_is_and_what_to_paste(stack: Stack) -> None:
     shown = stack.log.read_text()
     assert all(f"{part} is ready after" in shown for part in ("triton", "milvus", "vllm", "gateway"))
-    pasted = shown[shown.index("\ncurl ") :]
+    pasted = shown[shown.index("\ncurl ") :].replace("test-token", "a-tenant-of-this-test")
     answer = subprocess.run(["bash", "-c", pasted], capture_output=True, check=True, timeout=120).stdout
     assert b'"choices"' in answer
 

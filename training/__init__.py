@@ -1,1 +1,1 @@
-"""From labelled prompts to what Triton serves: rows, base, model, train, export. Offline; the gateway never imports it."""
+"""From labelled prompts to what Triton serves: rows, base, model, train, export. The gateway never imports it."""

@@ -18,7 +18,7 @@ from training.weights import appearing, digest, read_manifest, write_manifest
 
 PROMPTS = Path(__file__).parent / "prompts"
 SMALL = Path("weights/base-small")
-CALIBRATION_TEXTS = 200
+CALIBRATION_TEXTS = 300
 HELD_OUT_TEXTS = 100
 UNREACHABLE = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
 
@@ -49,7 +49,8 @@ def load_base(setting: str, distil_steps: int, seed: int) -> Base:
 def build_small(distil_steps: int, seed: int) -> Path:
     """The folder of the small base; built when absent or when what it is made from has changed."""
     teacher_folder = get_model_path()
-    texts = [row.text for row in read_rows(PROMPTS)]
+    # In the order of their digests, so that the first few hundred are a mixture of all files.
+    texts = sorted((row.text for row in read_rows(PROMPTS)), key=lambda text: digest(text.encode()))
     seen, held_out = [t for t in texts if tenth(t) < 8], [t for t in texts if tenth(t) >= 8]
     inputs = {
         "teacher": digest((teacher_folder / "model.safetensors").read_bytes()),

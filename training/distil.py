@@ -2,14 +2,15 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import trange
-from transformers import BertModel, ModernBertModel
+from transformers import BertModel, ModernBertModel, get_linear_schedule_with_warmup
 
-from training.optimise import groups, schedule
 from training.tokens import encode, mean_pool, pad
 
 TOKENS = 1024  # of each batch
@@ -24,11 +25,11 @@ def distil(
     teacher.eval()
     student.train()
     student.embeddings.tok_embeddings.weight.requires_grad_(False)
-    middle = _watch(student)
-    optimiser = torch.optim.AdamW(groups(student, RATE), betas=(0.9, 0.98), weight_decay=0.0)
-    plan = schedule(optimiser, steps, warm_up=min(40, steps // 10))
+    middle, hooks = _watch(student)
+    optimiser = torch.optim.AdamW(_groups(student), betas=(0.9, 0.98), weight_decay=0.0)
+    plan = get_linear_schedule_with_warmup(optimiser, steps // 10, steps)
     ids = encode(tokenizer, texts, max(LENGTHS))
-    draw = random.Random(seed)
+    draw = random.Random(seed)  # noqa: S311 (nothing secret)
     progress = trange(steps, desc="distil", unit="batch")
     for _ in progress:
         input_ids, mask = pad(_joined(ids, draw))
@@ -43,19 +44,36 @@ def distil(
         optimiser.zero_grad()
         plan.step()
         progress.set_postfix(loss=f"{loss.item():.3f}")
+    for hook in hooks:
+        hook.remove()
     student.eval()
 
 
-def _watch(student: ModernBertModel) -> list[Tensor]:
-    """A list that each forward pass fills with what layers 1 to n-1 see, [B, T, H] each: what the teacher's puts out."""
+def _groups(student: ModernBertModel) -> list[dict[str, Any]]:
+    """One optimiser group per trained parameter; a matrix learns at a rate in proportion to its root mean square.
+
+    Adam moves every weight by about the rate a step, and some transplanted matrices are six times as large as others.
+    """
+    linear = {name: module for name, module in student.named_modules() if isinstance(module, nn.Linear)}
+    sizes = {name: module.weight.pow(2).mean().sqrt().item() for name, module in linear.items()}
+    typical = sorted(sizes.values())[len(sizes) // 2]
+    return [
+        {"params": [parameter], "lr": RATE * sizes.get(name.rpartition(".")[0], typical) / typical}
+        for name, parameter in student.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
+def _watch(student: ModernBertModel) -> tuple[list[Tensor], list[RemovableHandle]]:
+    """A list that each forward pass fills with what all layers but the first see, [B, T, H] each; and its hooks."""
     seen: list[Tensor] = []
-    for layer in student.layers[1:]:
-        layer.attn_norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    return seen
+    layers: list[Any] = list(student.layers)[1:]
+    hooks = [layer.attn_norm.register_forward_hook(lambda module, inputs, out: seen.append(out)) for layer in layers]
+    return seen, hooks
 
 
 def _joined(ids: Sequence[list[int]], draw: random.Random) -> list[list[int]]:
-    """A batch of texts of about one drawn length, each one or more of `ids` in a row between one [CLS] and one [SEP]."""
+    """A batch of one drawn length, each text one or more of `ids` in a row between one [CLS] and one [SEP]."""
     length = draw.choice(LENGTHS)
     batch = []
     for _ in range(TOKENS // length):
@@ -67,7 +85,7 @@ def _joined(ids: Sequence[list[int]], draw: random.Random) -> list[list[int]]:
 
 
 def _loss(states: Sequence[Tensor], expected: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Half the mean relative error of the middle layers, that of the last, and five times 1 - cosine of the embeddings."""
+    """Half the mean relative error of the middle layers, that of the last, and 5 (1 - cosine of the embeddings)."""
     keep = mask.bool()
     errors = [_relative_error(a[keep], b[keep]) for a, b in zip(states, expected, strict=True)]
     cosine = torch.cosine_similarity(mean_pool(states[-1], mask), mean_pool(expected[-1], mask)).mean()

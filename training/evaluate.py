@@ -66,7 +66,7 @@ def targets(rows: Sequence[Row], labels: Sequence[str]) -> Targets:
 
 
 def loss(category: Tensor, complexity: Tensor, wanted: Targets, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of `category` logits [N, L] plus half that of `complexity` logits [N, 1], each over its labelled rows."""
+    """Cross-entropy of `category` logits [N, L] plus half that of `complexity` logits [N, 1], over labelled rows."""
     known = ~wanted.complexity.isnan()
     by_category = nn.functional.cross_entropy(category, wanted.category, label_smoothing=smoothing, reduction="sum")
     by_complexity = nn.functional.binary_cross_entropy_with_logits(
@@ -79,24 +79,25 @@ def loss(category: Tensor, complexity: Tensor, wanted: Targets, smoothing: float
 def calibrate(category: Tensor, complexity: Tensor, wanted: Targets) -> Calibration:
     """Temperature for the categories (Guo et al. 2017) and Platt scaling for the complexity, by maximum likelihood.
 
-    Logits [N, L] and [N, 1] of rows that were not trained on. A faint pull towards no change keeps perfect scores finite.
+    Logits [N, L] and [N, 1] of rows not trained on. A faint pull towards no change keeps perfect scores finite.
     """
     known = ~wanted.complexity.isnan()
-    log_temperature, log_scale, bias = (torch.zeros((), requires_grad=True) for _ in range(3))
-    optimiser = torch.optim.LBFGS([log_temperature, log_scale, bias], max_iter=200, line_search_fn="strong_wolfe")
+    category, complexity, soft = category.double(), complexity[known, 0].double(), wanted.complexity[known].double()
+    start = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)  # 1 / temperature, scale, bias: convex in all three
+    found = start.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS([found], max_iter=200, line_search_fn="strong_wolfe")
 
     def objective() -> Tensor:
         optimiser.zero_grad()
-        value = nn.functional.cross_entropy(category / log_temperature.exp(), wanted.category)
-        value = value + nn.functional.binary_cross_entropy_with_logits(
-            log_scale.exp() * complexity[known, 0] + bias, wanted.complexity[known]
-        )
-        value = value + 1e-3 * (log_temperature**2 + log_scale**2 + bias**2)
+        value = nn.functional.cross_entropy(category * found[0], wanted.category)
+        value = value + nn.functional.binary_cross_entropy_with_logits(found[1] * complexity + found[2], soft)
+        value = value + 1e-3 * (found - start).pow(2).sum()
         value.backward()
         return value
 
     optimiser.step(objective)
-    return Calibration(log_temperature.exp().item(), log_scale.exp().item(), bias.item())
+    sharpness, scale, bias = found.tolist()
+    return Calibration(1 / max(sharpness, 1e-2), max(scale, 1e-2), bias)
 
 
 def figures(category: Tensor, complexity: Tensor, wanted: Targets, calibration: Calibration) -> Figures:
@@ -106,7 +107,7 @@ def figures(category: Tensor, complexity: Tensor, wanted: Targets, calibration: 
 
 
 def _figures(category: Floats, complexity: Floats, wanted: Targets) -> Figures:
-    """Figures of category probabilities [N, L] and complexity probabilities [N], each over the rows labelled with it."""
+    """Figures of category probabilities [N, L] and complexity probabilities [N], over the rows labelled with each."""
     with_category = (wanted.category >= 0).numpy()
     with_complexity = ~wanted.complexity.isnan().numpy()
     true, predicted = wanted.category.numpy()[with_category], category[with_category].argmax(1)

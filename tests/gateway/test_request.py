@@ -452,7 +452,6 @@ def test_an_answer_with_token_ids_is_not_cached() -> None:
         {"temperature": 1},
         {"temperature": 0},
         {"temperature": None},
-        {"temperature": 1},
         {"logprobs": False, "top_logprobs": None},
         {"stream": True},
         {"tools": [{"type": "function", "function": {"name": "look_up"}}]},

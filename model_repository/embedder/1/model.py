@@ -28,7 +28,7 @@ class TritonPythonModel:
         self.outputs = [output.name for output in self.session.get_outputs()]
 
     def execute(self, requests: list) -> list:
-        """Answer every request of the batch from one forward pass; `text` is BYTES [n, 1], UTF-8, bad bytes replaced."""
+        """Answer all requests of the batch from one forward pass; `text` is BYTES [n, 1], UTF-8, bad bytes replaced."""
         texts = [pb_utils.get_input_tensor_by_name(request, "text").as_numpy()[:, 0] for request in requests]
         answers = self._run([text.decode(errors="replace") for text in np.concatenate(texts)])
         ends = np.cumsum([len(text) for text in texts])

@@ -209,9 +209,9 @@ class MilvusCache:
 
     async def _keep_ttl(self, description: dict[str, Any]) -> None:
         """Milvus drops rows by the collection's own time to live, which may be that of an earlier configuration."""
-        wanted = {TTL_PROPERTY: str(self._ttl_seconds)}
-        if description.get("properties", {}).get(TTL_PROPERTY) != wanted[TTL_PROPERTY]:
-            await self._client.alter_collection_properties(self._collection, wanted)
+        found, wanted = description.get("properties", {}).get(TTL_PROPERTY), str(self._ttl_seconds)
+        if found not in (wanted, None):  # Milvus Lite has none: there, rows only stop being found
+            await self._client.alter_collection_properties(self._collection, {TTL_PROPERTY: wanted})
 
     async def _create_collection(self) -> None:
         wanted = self._settings.collection

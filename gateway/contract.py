@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 import orjson
 from pydantic import AfterValidator, ConfigDict, Field
 
-from gateway.config import ConfigError, Section, validate
+from gateway.checked import ConfigError, Section, validate
 
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 

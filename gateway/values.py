@@ -1,0 +1,75 @@
+"""The kinds of single values that a configuration holds, each refusing what cannot be meant."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+
+
+def _not_a_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _address(value: object) -> object:
+    """host:port"""
+    match = re.fullmatch(r"\[?[\w.:-]+\]?:(\d{1,5})", value) if isinstance(value, str) else None
+    if match is None or not 1 <= int(match[1]) <= 65535:
+        raise ValueError("must be host:port")
+    return value
+
+
+def _url(value: object) -> object:
+    """The address of a server, without credentials: they would end in logs and metrics."""
+    if not isinstance(value, str) or not re.fullmatch(r"https?://[^\s?#]+", value):
+        raise ValueError("must be an http:// or https:// address, such as http://127.0.0.1:8000")
+    try:
+        parts = urlsplit(value)
+        usable = parts.hostname is not None and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("must be an address with a host and, if any, a port from 1 to 65535")
+    if "@" in parts.netloc:
+        raise ValueError("must not hold credentials")
+    return value.rstrip("/")
+
+
+def _endpoint(value: object) -> object:
+    url = str(_url(value))
+    if url.endswith("/v1"):
+        raise ValueError("leave out /v1, the gateway adds it")
+    return url
+
+
+def _milvus_uri(value: object) -> object:
+    if isinstance(value, str) and "://" in value:
+        return _url(value)
+    if isinstance(value, str) and value.endswith(".db") and "@" not in value:
+        return value
+    raise ValueError("must be an http:// or https:// address, or a file that ends in .db")
+
+
+def _header(secret: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[\x21-\x7e]+", secret.get_secret_value()):
+        raise ValueError("must be printable ASCII without spaces, and not empty")
+    return secret
+
+
+Number = BeforeValidator(_not_a_boolean)
+Port = Annotated[int, Number, Field(ge=1, le=65535)]
+Positive = Annotated[int, Number, Field(ge=1)]
+Real = Annotated[float, Number, Field(allow_inf_nan=False)]
+Amount = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
+Unit = Annotated[float, Number, Field(ge=0, le=1)]
+Whole = Annotated[int, Number]
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\x21-\x7e]+$")]
+Address = Annotated[str, BeforeValidator(_address)]
+Endpoint = Annotated[str, BeforeValidator(_endpoint)]
+MilvusUri = Annotated[str, BeforeValidator(_milvus_uri)]
+HeaderSecret = Annotated[SecretStr, AfterValidator(_header)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 from starlette.applications import Starlette
@@ -95,7 +96,8 @@ def open_cache(config: Config, contract: Contract, metrics: Metrics) -> Cache | 
 
 
 async def chat_completions(request: Request) -> Response:
-    return await request.state.chat.answer(await _call(request))  # type: ignore[no-any-return]
+    call = await _call(request)
+    return await unless_gone(request, request.state.chat.answer(call))
 
 
 async def route(request: Request) -> Response:
@@ -116,6 +118,27 @@ async def route(request: Request) -> Response:
         },
         headers={"x-request-id": call.id},
     )
+
+
+async def unless_gone(request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
+    """The answer, given up when the client leaves before it begins: vLLM then stops generating, too.
+
+    Raises `ClientDisconnect`. A stream has begun when this returns, and looks after itself.
+    """
+    answering, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            return answering.result()
+        raise ClientDisconnect
+    finally:
+        answering.cancel()
+        leaving.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def models(request: Request) -> Response:

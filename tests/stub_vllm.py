@@ -58,9 +58,9 @@ class Stub:
         text = f"generation {len(self.received)} by {body['model']}: {question(body)} — naïve 😀"
         if body.get("stream"):
             return StreamingResponse(self.stream(body, text), media_type="text/event-stream")
-        return await self.whole(body, text)
+        return await self.whole(request, body, text)
 
-    async def whole(self, body: dict[str, Any], text: str) -> Response:
+    async def whole(self, request: Request, body: dict[str, Any], text: str) -> Response:
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None, "tool_calls": []}
         reason = "length" if self.fault == "length" else "stop"
         if self.fault == "tool-call":
@@ -68,6 +68,7 @@ class Stub:
             message, reason = {"role": "assistant", "content": None, "tool_calls": [call]}, "tool_calls"
         if self.fault == "slow":
             await asyncio.sleep(0.5)
+            self.abandoned += await request.is_disconnected()
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason, "stop_reason": None}
         answer = {**envelope(body, "chat.completion"), "choices": [choice], "usage": USAGE}
         raw = json.dumps(answer, ensure_ascii=False).encode()

@@ -211,13 +211,13 @@ def test_what_may_not_be_cached_is_not(
     assert reason in described["cache"]["reason"]
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
-@pytest.mark.parametrize(
-    "fault", ["length", "tool-call", "break", "no-done", "error-event", "status-500", "status-400"]
-)
+IN_BOTH_FORMS = ["length", "break", "status-500", "status-400"]
+NOT_WHOLE = [(fault, stream) for fault in IN_BOTH_FORMS for stream in (False, True)]
+NOT_WHOLE += [("tool-call", False), ("no-done", True), ("error-event", True)]
+
+
+@pytest.mark.parametrize(("fault", "stream"), NOT_WHOLE)
 def test_an_answer_that_is_not_whole_is_never_stored(ask: Ask, stub: Server, fault: str, stream: bool) -> None:
-    if (fault == "tool-call" and stream) or (fault in ("no-done", "error-event") and not stream):
-        pytest.skip("the stub has no such form")
     question = f"Explain the word {fault} {'slowly' if stream else 'quickly'}."
     fail(stub, fault)
     try:
@@ -252,6 +252,15 @@ def test_a_stream_is_passed_on_as_it_comes(gateway: Server, stub: Server) -> Non
     with httpx.stream("POST", f"{gateway.url}/v1/chat/completions", json=body, timeout=30) as response:
         pieces = [piece for piece in response.iter_raw() if piece]
     assert len(pieces) > 5
+
+
+def test_when_a_client_that_waits_for_json_leaves_vllm_is_told(gateway: Server, stub: Server) -> None:
+    fail(stub, "slow")
+    before = httpx.get(f"{stub.url}/stub").json()["abandoned"]
+    body = {"model": "auto", "messages": [{"role": "user", "content": "Take your time."}]}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{gateway.url}/v1/chat/completions", json=body, timeout=0.3)
+    wait_until("vLLM to be told", lambda: httpx.get(f"{stub.url}/stub").json()["abandoned"] > before, 5)
 
 
 def test_when_the_client_leaves_vllm_is_told(gateway: Server, ask: Ask, stub: Server) -> None:

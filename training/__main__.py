@@ -74,7 +74,7 @@ def _build(options: argparse.Namespace, embedder: bool, classifier: bool) -> int
         if embedder:
             print(f"exported {options.out / 'embedder' / 'weights'}, fingerprint {export_embedder(options.out)}")
     except BadRows as error:
-        return _fail(f"{error}\n{len(error.problems)} problems; nothing was trained", 2)
+        return _fail(f"{error}\nnothing was trained (problems: {len(error.problems)})", 2)
     except (BaseError, ParityError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:

@@ -72,7 +72,7 @@ def test_bad_rows_are_all_named_and_nothing_is_trained(tmp_path: Path, capsys: p
     assert main(["--data", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "out")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.rpartition("bad.jsonl:")[2][:2] for line in lines[:-1]] == ["1:", "2:"]
-    assert lines[-1] == "2 problems; nothing was trained"
+    assert lines[-1] == "nothing was trained (problems: 2)"
     assert not (tmp_path / "out").exists()
 
 

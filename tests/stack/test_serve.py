@@ -205,7 +205,8 @@ def test_a_port_given_twice_is_named(tmp_path: Path) -> None:
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     line = refusal(write_config(tmp_path, {"triton": {"model_repository": str(tmp_path)}}))
-    assert line == f"{tmp_path}/embedder/weights/model.onnx is missing, which triton needs: `make weights` makes it"
+    maker = f"`make train ARGS='--out {tmp_path}'` makes it"
+    assert line == f"{tmp_path}/embedder/weights/model.onnx is missing, which triton needs: {maker}"
 
 
 def test_a_wrong_configuration_is_named(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.cache import Cache, CacheUnavailable
 from gateway.cache.memory import MemoryCache
 from gateway.cache.milvus import MilvusCache
-from gateway.chat import Call, Chat, unknown_model
+from gateway.chat import Call, Chat, check_model
 from gateway.config import AUTO, Config, Model
 from gateway.contract import Contract
 from gateway.errors import ApiError, BodyTooLarge, openai_form
@@ -149,11 +149,9 @@ async def models(request: Request) -> Response:
 
 async def one_model(request: Request) -> Response:
     name, created = request.path_params["name"], request.state.created
-    if name == AUTO:
-        return JSONResponse(_alias(created))
-    if model := request.state.config.model(name):
-        return JSONResponse(_described(model, created))
-    raise unknown_model(request.state.config, name)
+    check_model(request.state.config, name)
+    model = request.state.config.model(name)
+    return JSONResponse(_described(model, created) if model else _alias(created))
 
 
 async def health(request: Request) -> Response:
@@ -193,6 +191,7 @@ async def _call(request: Request) -> Call:
     started = time.perf_counter()
     control = parse_cache_control(request.headers.get("x-fingerpost-cache-control"))
     chat_request = parse(await _body(request, request.state.config.listen.max_body_bytes))
+    check_model(request.state.config, chat_request.model)
     return Call(
         request.state.request_id, chat_request, scope_key(chat_request, tenant(request.headers)), control, started
     )

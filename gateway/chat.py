@@ -87,7 +87,6 @@ class Chat:
 
     async def answer(self, call: Call) -> Response:
         """Replay the answer to the same question, else to one that means the same, else have a model generate it."""
-        self._check_model(call.request)
         if exact := await self._same_question(call):
             return self._replay(call, "hit-exact", Hit(exact, 1.0))
         route = await self.route(call.request)
@@ -96,8 +95,7 @@ class Chat:
         return await self._generate(call, route)
 
     async def route(self, request: ChatRequest) -> Route:
-        """Decide who answers; asks no LLM. Raises `UnknownModel`."""
-        self._check_model(request)
+        """Decide who answers; asks no LLM. The model asked for is known, see `check_model`."""
         uncacheable = request.uncacheable if self._cache is not None else "the cache is not enabled"
         reading = None
         if request.question and (request.model == AUTO or uncacheable is None):
@@ -108,12 +106,8 @@ class Chat:
                 uncacheable = "the prompt is longer than the models read"
         decision = self._decide(request, reading)
         model = self._config.model(decision.model)
-        assert model is not None  # the configuration was checked: rules name known models
+        assert model is not None  # rules name known models, and so does the request
         return Route(model, decision.rule, reading, uncacheable)
-
-    def _check_model(self, request: ChatRequest) -> None:
-        if request.model != AUTO and self._config.model(request.model) is None:
-            raise unknown_model(self._config, request.model)
 
     def _decide(self, request: ChatRequest, reading: Reading | None) -> policy.Decision:
         if request.model != AUTO:
@@ -262,9 +256,12 @@ class Chat:
             self._metrics.saved.labels(model.name).inc(saved / 1e6)
 
 
-def unknown_model(config: Config, name: str) -> UnknownModel:
-    known = ", ".join([AUTO, *(model.name for model in config.models)])
-    return UnknownModel(f"the model {name[:100]!r} does not exist (known: {known})", param="model")
+def check_model(config: Config, name: str) -> None:
+    """Raises `UnknownModel` when `name` is neither the alias nor a configured model."""
+    known = [AUTO, *(model.name for model in config.models)]
+    if name not in known:
+        words = f"the model {name[:100]!r} does not exist (known: {', '.join(known)})"
+        raise UnknownModel(words, param="model")
 
 
 def _bill(model: Model, answer: Answer) -> list[tuple[str, int, float]]:

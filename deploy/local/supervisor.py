@@ -41,12 +41,16 @@ def say(line: str) -> None:
     print(f"fingerpost: {line}", flush=True)
 
 
+def ask(url: str) -> None:
+    """Get `url`, past any proxy that the environment names; another status than 200 is an `HTTPError`."""
+    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5).close()
+
+
 def is_ready(part: Part) -> bool:
-    """Whether all its addresses answer 200, asked directly, whatever proxy the user's environment names."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    """Whether all its addresses answer 200."""
     try:
         for url in part.ready:
-            opener.open(url, timeout=5).close()
+            ask(url)
     except (OSError, http.client.HTTPException):  # refused, closed, or another status
         return False
     return True
@@ -54,9 +58,8 @@ def is_ready(part: Part) -> bool:
 
 def waits_for(part: Part) -> str:
     """What a part that runs says it is waiting for, in brackets; nothing when it does not say."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        opener.open(part.ready[-1], timeout=5).close()
+        ask(part.ready[-1])
     except urllib.error.HTTPError as answer:
         with answer, contextlib.suppress(ValueError, KeyError, TypeError):
             return f" (waiting for {', '.join(json.load(answer)['not_ready'])})"

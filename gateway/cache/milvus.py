@@ -24,7 +24,7 @@ from pymilvus.exceptions import MilvusException
 from gateway.answer import Answer
 from gateway.cache import CacheUnavailable, Entry, Hit, Origin, Vector
 from gateway.cache.memory import EvictionPolicy, MemoryCache
-from gateway.config import Milvus, MilvusTls
+from gateway.config import RESERVED_FIELDS, Milvus, MilvusTls
 from gateway.metrics import Metrics
 
 log = logging.getLogger("fingerpost")
@@ -40,7 +40,6 @@ REOPEN_SECONDS = 1.0
 DRAIN_SECONDS = 3.0
 
 _FAILURES = (MilvusException, grpc.RpcError, TimeoutError, OSError)
-_FIELDS = ("key", "scope", "question", "answer", "expires_at")
 
 
 class SchemaMismatch(Exception):
@@ -81,7 +80,7 @@ class MilvusCache:
         if recent := await self._recent.get(key):
             return recent
         wanted = f'key == "{key}" and expires_at > {int(time.time())}'
-        rows = await self._ask(self._client.query, filter=wanted, output_fields=[*_FIELDS, self._vector])
+        rows = await self._ask(self._client.query, filter=wanted, output_fields=[*RESERVED_FIELDS, self._vector])
         entry = self._entry(rows[0]) if rows else None
         if entry is not None:
             self._recent.put(entry)
@@ -129,17 +128,18 @@ class MilvusCache:
 
     async def _nearest(self, embedding: Vector, wanted: str) -> list[dict[str, Any]]:
         """The `search.topk` nearest rows that the filter `wanted` leaves, best first."""
+        return list((await self._ask(self._client.search, filter=wanted, **self._search_for(embedding)))[0])
+
+    def _search_for(self, embedding: Vector) -> dict[str, Any]:
+        """A search as configured."""
         field, search = self._settings.collection.vector_field, self._settings.search
-        found = await self._ask(
-            self._client.search,
-            data=[embedding.tolist()],
-            anns_field=field.name,
-            filter=wanted,
-            limit=search.topk,
-            search_params={"metric_type": field.metric_type, "params": search.params},
-            output_fields=[*_FIELDS, field.name],
-        )
-        return list(found[0])
+        return {
+            "data": [embedding.tolist()],
+            "anns_field": field.name,
+            "limit": search.topk,
+            "search_params": {"metric_type": field.metric_type, "params": search.params},
+            "output_fields": [*RESERVED_FIELDS, field.name],
+        }
 
     async def _ask(self, call: Any, **arguments: Any) -> Any:
         """One lookup, bounded in time; any failure closes the cache until `_keep_open` has opened it again."""
@@ -187,10 +187,6 @@ class MilvusCache:
     async def _open_collection(self) -> None:
         """Create what is not there, load it, and see that it can be searched as configured."""
         seconds = self._settings.connection.timeout
-        search = {
-            "metric_type": self._settings.collection.vector_field.metric_type,
-            "params": self._settings.search.params,
-        }
         async with asyncio.timeout(seconds):
             if not await self._client.has_collection(self._collection, timeout=seconds):
                 await self._create_collection()
@@ -198,14 +194,7 @@ class MilvusCache:
             check_schema(description, self._vector, self._dimension)
             await self._keep_ttl(description)
             await self._client.load_collection(self._collection, timeout=seconds)
-            await self._client.search(
-                self._collection,
-                data=[self._probe().tolist()],
-                anns_field=self._vector,
-                limit=self._settings.search.topk,
-                search_params=search,
-                timeout=seconds,
-            )
+            await self._client.search(self._collection, timeout=seconds, **self._search_for(self._probe()))
 
     async def _keep_ttl(self, description: dict[str, Any]) -> None:
         """Milvus drops rows by the collection's own time to live, which may be that of an earlier configuration."""
@@ -305,7 +294,7 @@ def _fits(row: dict[str, Any]) -> bool:
 def check_schema(description: dict[str, Any], vector_field: str, dimension: int) -> None:
     """Raises `SchemaMismatch` when a collection is not one this cache can use."""
     fields = {field["name"]: field for field in description["fields"]}
-    if missing := {*_FIELDS, vector_field} - fields.keys():
+    if missing := {*RESERVED_FIELDS, vector_field} - fields.keys():
         raise SchemaMismatch(f"collection {description['collection_name']} lacks {', '.join(sorted(missing))}")
     if (found := int(fields[vector_field]["params"]["dim"])) != dimension:
         raise SchemaMismatch(f"collection {description['collection_name']} has dimension {found}, not {dimension}")

@@ -123,10 +123,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     with running(["make", "serve", f"CONFIG={folder / 'config.yaml'}"], log) as process:
         wait_until(
             f"make serve, see {log}",
-            lambda: process.poll() is not None or answers(f"{url}/ready"),
+            lambda: process.poll() is not None or log.read_text().endswith("0.7}'\n\n"),  # the end of its last words
             START_SECONDS,
         )
         assert process.poll() is None, log.read_text()[-4000:]
+        assert answers(f"{url}/ready")
         yield Stack(url, folder / "config.yaml", config, milvus, log, ports)
 
 

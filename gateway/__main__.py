@@ -23,7 +23,7 @@ def main() -> int:
     try:
         config = configuration.load(arguments.config)
         found = contract.read(config.triton.model_repository)
-        configuration.check_against(config, found.labels, found.dimension)
+        configuration.check_against(config, found.labels, found.dimension, tuple(found.abilities))
     except configuration.ConfigError as error:
         print(error, file=sys.stderr)
         return 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -49,7 +49,9 @@ class Route:
 
     model: Model
     rule: str
+    reason: str  # why this model, in words
     reading: Reading | None  # None: not needed, or Triton is down
+    quality: Mapping[str, float]  # model -> predicted probability that its answer is right, where it can be told
     uncacheable: str | None  # why the answer is neither replayed nor stored
 
     @property
@@ -104,17 +106,23 @@ class Chat:
                 uncacheable = "the prompt could not be read: Triton is down"
             elif uncacheable is None and reading is not None and reading.truncated:
                 uncacheable = "the prompt is longer than the models read"
-        decision = self._decide(request, reading)
+        quality = self._quality(reading)
+        decision = self._decide(request, reading, quality)
         model = self._config.model(decision.model)
         assert model is not None  # rules name known models, and so does the request
-        return Route(model, decision.rule, reading, uncacheable)
+        return Route(model, decision.rule, decision.reason, reading, quality, uncacheable)
 
-    def _decide(self, request: ChatRequest, reading: Reading | None) -> policy.Decision:
+    def _quality(self, reading: Reading | None) -> dict[str, float]:
+        """Predicted quality by model, of those whose ability is known."""
+        known = reading.quality if reading else {}
+        return {model.name: known[model.ability_name] for model in self._config.models if model.ability_name in known}
+
+    def _decide(self, request: ChatRequest, reading: Reading | None, quality: Mapping[str, float]) -> policy.Decision:
         if request.model != AUTO:
-            return policy.Decision(request.model, NAMED_RULE)
+            return policy.Decision(request.model, NAMED_RULE, "the request names it")
         category, complexity = (reading.category, reading.complexity) if reading else (None, None)
-        prompt = policy.Prompt(request.question, request.prompt_tokens, category, complexity)
-        return policy.decide(self._config.policy, prompt)
+        prompt = policy.Prompt(request.question, request.prompt_tokens, category, complexity, quality)
+        return policy.decide(self._config.policy, self._config.models, prompt)
 
     async def _read(self, text: str) -> Reading | None:
         """Triton's reading of a text; None, counted, when Triton is down."""

@@ -2,8 +2,8 @@
 
 `load` reads the file, replaces `${NAME}` and `${NAME:-default}` in values by environment variables, validates, and
 follows `semantic_cache.backend_config_path`. Whatever is wrong is a `ConfigError` whose lines each name file, key and
-value. What depends on the trained weights (categories, dimension) is checked by `check_against`, once the manifests
-have been read.
+value. What depends on the trained weights (categories, dimension, abilities) is checked by `check_against`, once the
+manifests have been read.
 """
 
 from __future__ import annotations
@@ -72,6 +72,12 @@ class Model(Section):
     price_per_million_tokens: Price
     context_window: Positive
     size: Literal["small", "medium", "large"]
+    ability: str | None = None
+
+    @property
+    def ability_name(self) -> str:
+        """What its ability is called in the classifier's manifest, if it is there."""
+        return self.name if self.ability is None else self.ability
 
 
 class Upstream(Section):
@@ -118,10 +124,17 @@ class Condition(Section):
         return self
 
 
+ALWAYS = Condition.model_construct()  # what a rule without `when` means; a file cannot say it
+
+
 class Rule(Section):
+    """When it holds, `model`, or the cheapest of nearly the best predicted quality answers."""
+
     name: Name
-    when: Condition
-    model: str
+    when: Condition = ALWAYS
+    model: str | None = None
+    cheapest_within: Unit | None = None
+    among: tuple[str, ...] = ()
 
 
 class Policy(Section):
@@ -285,8 +298,8 @@ def load(path: str | os.PathLike[str]) -> Config:
     return config
 
 
-def check_against(config: Config, labels: Sequence[str], dimension: int) -> None:
-    """Check what only the weights know: the categories that rules name and the embedding's dimension."""
+def check_against(config: Config, labels: Sequence[str], dimension: int, abilities: Sequence[str] = ()) -> None:
+    """Check what only the weights know: the categories that rules name, the embedding's dimension, the abilities."""
     problems = [
         line(config.source, f"policy.rules[{i}].when.category", name, f"unknown category (known: {', '.join(labels)})")
         for i, rule in enumerate(config.policy.rules)
@@ -298,6 +311,7 @@ def check_against(config: Config, labels: Sequence[str], dimension: int) -> None
         source = config.semantic_cache.backend_config_path or config.source
         key = "collection.vector_field.dimension"
         problems.append(line(source, key, configured, f"the embedder gives {dimension}; change it or leave it out"))
+    problems += [line(config.source, *problem) for problem in _missing_abilities(config, abilities)]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -307,13 +321,41 @@ def _inconsistencies(config: Config) -> Iterator[tuple[str, object, str]]:
     yield from _repeated("models", names, taken=(AUTO,))
     yield from _repeated("policy.rules", [rule.name for rule in config.policy.rules], taken=BUILT_IN_RULES)
     for i, rule in enumerate(config.policy.rules):
-        if rule.model not in names:
-            yield f"policy.rules[{i}].model", rule.model, f"unknown model (known: {', '.join(names)})"
+        yield from _contradictions(f"policy.rules[{i}]", rule)
+        for key, model in (("model", rule.model), *(("among", model) for model in rule.among)):
+            if model is not None and model not in names:
+                yield f"policy.rules[{i}].{key}", model, f"unknown model (known: {', '.join(names)})"
     if config.policy.default not in names:
         yield "policy.default", config.policy.default, f"unknown model (known: {', '.join(names)})"
     cache = config.semantic_cache
     if cache.backend_type == "milvus" and cache.backend_config_path is None:
         yield "semantic_cache.backend_config_path", None, "missing: backend_type milvus needs it"
+
+
+def _contradictions(key: str, rule: Rule) -> Iterator[tuple[str, object, str]]:
+    if rule.model is None and rule.cheapest_within is None:
+        yield f"{key}.model", None, "missing key (or cheapest_within instead)"
+    if rule.model is not None and rule.cheapest_within is not None:
+        yield f"{key}.cheapest_within", rule.cheapest_within, "cannot stand beside model"
+    if rule.cheapest_within is None and rule.among:
+        yield f"{key}.among", list(rule.among), "goes with cheapest_within"
+    if rule.cheapest_within is None and rule.when == ALWAYS:
+        yield f"{key}.when", None, "missing key"  # a model for all prompts is what policy.default says
+
+
+def _missing_abilities(config: Config, abilities: Sequence[str]) -> Iterator[tuple[str, object, str]]:
+    for i, model in enumerate(config.models):
+        if model.ability is not None and model.ability not in abilities:
+            known = ", ".join(abilities) or "none"
+            yield f"models[{i}].ability", model.ability, f"unknown ability (known: {known})"
+    able = [model.name for model in config.models if model.ability is not None or model.name in abilities]
+    for i, rule in enumerate(config.policy.rules):
+        unable = [name for name in rule.among if name not in able]
+        for name in unable:
+            yield f"policy.rules[{i}].among", name, "has no ability; name one in models[].ability"
+        if rule.cheapest_within is not None and not unable and len(set(rule.among or able)) < 2:
+            problem = f"needs two models with an ability (there are: {', '.join(rule.among or able) or 'none'})"
+            yield f"policy.rules[{i}].cheapest_within", rule.cheapest_within, problem
 
 
 def _repeated(key: str, names: list[str], taken: tuple[str, ...]) -> Iterator[tuple[str, object, str]]:

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import orjson
 from pydantic import AfterValidator, ConfigDict, Field
 
-from gateway.checked import ConfigError, Section, validate
+from gateway.checked import ConfigError, Section, line, validate
+from gateway.values import Positive, Real, Unit
 
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+
+
+class _Described(Section):
+    model_config = ConfigDict(extra="ignore")  # the rest is for people
+
+
+class Abstention(_Described):
+    """A prompt whose highest category score is less than `below` has the category `label`."""
+
+    label: str
+    below: Unit
+
+
+class Ability(_Described):
+    """How well one model answers: a prompt's difficulty (K,) in, the probability that its answer is right out."""
+
+    weights: tuple[Real, ...]  # (K,)
+    bias: Real
+
+    def quality(self, difficulty: Sequence[float]) -> float:
+        """sigmoid(weights . difficulty + bias): multidimensional item response theory (Reckase 2009)."""
+        logit = self.bias + sum(w * d for w, d in zip(self.weights, difficulty, strict=True))
+        return 0.5 * (1 + math.tanh(0.5 * logit))  # the sigmoid, in a form that never overflows
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +46,16 @@ class Contract:
     dimension: int  # of the embedding
     embedder: str  # fingerprint of the embedder's weights: vectors of two are never compared
     classifier: str  # fingerprint of the classifier's weights
+    abstention: Abstention | None = None
+    difficulty: int | None = None  # K, the dimension of a prompt's difficulty
+    abilities: Mapping[str, Ability] = field(default_factory=dict)  # by the name they were fitted under
+
+    def category(self, scores: Mapping[str, float]) -> str:
+        """The label with the highest score, or that of the abstention when even this is too low."""
+        highest = max(scores, key=scores.__getitem__)
+        if self.abstention is not None and scores[highest] < self.abstention.below:
+            return self.abstention.label
+        return highest
 
 
 def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -28,9 +64,7 @@ def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
     return labels
 
 
-class _Manifest(Section):
-    model_config = ConfigDict(extra="ignore")  # the rest is for people
-
+class _Manifest(_Described):
     fingerprint: Fingerprint
 
 
@@ -40,6 +74,9 @@ class _Embedder(_Manifest):
 
 class _Classifier(_Manifest):
     labels: Annotated[tuple[str, ...], Field(min_length=2), AfterValidator(_distinct)]
+    abstention: Abstention | None = None
+    difficulty: Positive | None = None
+    abilities: dict[str, Ability] = Field(default_factory=dict)
 
 
 M = TypeVar("M", bound=_Manifest)
@@ -48,8 +85,32 @@ M = TypeVar("M", bound=_Manifest)
 def read(repository: Path) -> Contract:
     """Read both manifests; raises `ConfigError` naming the file that is missing or wrong."""
     embedder = _manifest(_Embedder, repository / "embedder/weights/manifest.json")
-    classifier = _manifest(_Classifier, repository / "classifier/weights/manifest.json")
-    return Contract(classifier.labels, embedder.dimension, embedder.fingerprint, classifier.fingerprint)
+    path = repository / "classifier/weights/manifest.json"
+    classifier = _manifest(_Classifier, path)
+    problems = [line(path, *problem) for problem in _inconsistencies(classifier)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return Contract(
+        labels=classifier.labels,
+        dimension=embedder.dimension,
+        embedder=embedder.fingerprint,
+        classifier=classifier.fingerprint,
+        abstention=classifier.abstention,
+        difficulty=classifier.difficulty,
+        abilities=classifier.abilities,
+    )
+
+
+def _inconsistencies(classifier: _Classifier) -> Iterator[tuple[str, object, str]]:
+    if classifier.abstention and classifier.abstention.label not in classifier.labels:
+        yield "abstention.label", classifier.abstention.label, "is not one of the labels"
+    if classifier.abilities and classifier.difficulty is None:
+        yield "difficulty", None, "missing: abilities need it"
+        return
+    for name, ability in classifier.abilities.items():
+        if len(ability.weights) != classifier.difficulty:
+            problem = f"must be {classifier.difficulty} numbers, as difficulty says"
+            yield f"abilities.{name}.weights", list(ability.weights), problem
 
 
 def _manifest(kind: type[M], path: Path) -> M:

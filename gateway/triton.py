@@ -1,8 +1,7 @@
-"""The one round trip to Triton: a text in, its embedding, category scores and complexity out."""
+"""The one round trip to Triton: a text in, its embedding, category scores, complexity and difficulty out."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ _OUTPUTS = (
     "embedder_fingerprint",
     "category",
     "complexity",
+    "difficulty",
     "classifier_truncated",
     "classifier_fingerprint",
 )
@@ -40,13 +40,11 @@ class Reading:
     """What the models read in a text."""
 
     embedding: Vector  # (dimension,), L2-normalised
+    category: str  # the likeliest, or the one that stands for "none of them surely"
     category_scores: dict[str, float]  # label -> probability
     complexity: float  # probability that a small model will not do
+    quality: dict[str, float]  # ability -> probability that a model of this ability answers right
     truncated: bool  # the text is longer than the models read
-
-    @property
-    def category(self) -> str:
-        return max(self.category_scores, key=self.category_scores.__getitem__)
 
 
 class Router:
@@ -68,7 +66,8 @@ class Router:
             )
         except InferenceServerException as error:
             raise TritonUnavailable(f"{self._settings.address}: {error.message()}") from error
-        return self._reading({name: result.as_numpy(name) for name in _OUTPUTS}, cut=len(text) > MAX_CHARACTERS)
+        outputs = {name: result.as_numpy(name) for name in _OUTPUTS}
+        return reading(outputs, self._contract, cut=len(text) > MAX_CHARACTERS)
 
     async def check(self) -> None:
         """Raises `TritonUnavailable` when `router` cannot be called."""
@@ -82,17 +81,34 @@ class Router:
     async def close(self) -> None:
         await self._client.close()
 
-    def _reading(self, outputs: dict[str, Any], *, cut: bool) -> Reading:
-        for part, known in (("embedder", self._contract.embedder), ("classifier", self._contract.classifier)):
-            served = outputs[f"{part}_fingerprint"].item().decode()
-            if served != known:
-                raise TritonUnavailable(f"Triton serves {part} {served}, the manifest describes {known}: restart both")
-        complexity, embedding = outputs["complexity"].item(), outputs["embedding"][0]
-        if not math.isfinite(complexity) or not np.isfinite(embedding).all():
-            raise TritonUnavailable("the models answered with numbers that are not finite")
-        return Reading(
-            embedding=embedding,
-            category_scores=dict(zip(self._contract.labels, outputs["category"][0].tolist(), strict=True)),
-            complexity=complexity,
-            truncated=cut or outputs["embedder_truncated"].item() or outputs["classifier_truncated"].item(),
+
+def reading(outputs: dict[str, Any], contract: Contract, *, cut: bool) -> Reading:
+    """What the outputs of `router` for one text, each (1, n), say; raises `TritonUnavailable` if they cannot be used.
+
+    `cut`: the text was longer than what was sent.
+    """
+    _check(outputs, contract)
+    scores = dict(zip(contract.labels, outputs["category"][0].tolist(), strict=True))
+    difficulty = outputs["difficulty"][0].tolist()
+    return Reading(
+        embedding=outputs["embedding"][0],
+        category=contract.category(scores),
+        category_scores=scores,
+        complexity=outputs["complexity"].item(),
+        quality={name: ability.quality(difficulty) for name, ability in contract.abilities.items()},
+        truncated=cut or outputs["embedder_truncated"].item() or outputs["classifier_truncated"].item(),
+    )
+
+
+def _check(outputs: dict[str, Any], contract: Contract) -> None:
+    for part, known in (("embedder", contract.embedder), ("classifier", contract.classifier)):
+        served = outputs[f"{part}_fingerprint"].item().decode()
+        if served != known:
+            raise TritonUnavailable(f"Triton serves {part} {served}, the manifest describes {known}: restart both")
+    if not all(np.isfinite(outputs[name]).all() for name in ("embedding", "category", "complexity", "difficulty")):
+        raise TritonUnavailable("the models answered with numbers that are not finite")
+    given = outputs["difficulty"].shape[1]
+    if contract.difficulty not in (None, given):
+        raise TritonUnavailable(
+            f"the classifier's difficulty is {given} numbers, its manifest says {contract.difficulty}"
         )

@@ -44,7 +44,7 @@ def check(config: Config, wanted: Sequence[Part]) -> None:
             if not file.exists():
                 raise CannotStart(f"{file} is missing, which {part.name} needs: `{maker}` makes it")
     found = contract.read(config.triton.model_repository)
-    configuration.check_against(config, found.labels, found.dimension)
+    configuration.check_against(config, found.labels, found.dimension, tuple(found.abilities))
     check_ports(wanted)
 
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from gateway.config import Config, ConfigError, Milvus, check_against, load
+from gateway.policy import Prompt, holds
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,6 +108,7 @@ policy:
       model: large
   default: small
 """
+CHEAPEST = SMALL.replace("model: large", "cheapest_within: 0.05").replace("when: {complexity", "# when: {complexity")
 WITH_MILVUS = SMALL + "semantic_cache: {backend_type: milvus, backend_config_path: milvus.yaml}\n"
 
 
@@ -271,7 +273,6 @@ def test_the_file_cannot_fill_in_what_load_fills_in(key: str) -> None:
         "models[0].endpoints",
         "models[1].price_per_million_tokens.output",
         "policy.rules[0].when",
-        "policy.rules[0].model",
     ],
 )
 def test_a_missing_key(key: str) -> None:
@@ -311,6 +312,12 @@ def test_a_missing_key(key: str) -> None:
         ("models[0].price_per_million_tokens.input", -0.1),
         ("models[0].price_per_million_tokens.input", float("nan")),
         ("models[0].size", "tiny"),
+        ("models[0].ability", 7),
+        ("policy.rules[0].cheapest_within", 1.5),
+        ("policy.rules[0].cheapest_within", -0.1),
+        ("policy.rules[0].cheapest_within", True),
+        ("policy.rules[0].cheapest_within", float("nan")),
+        ("policy.rules[0].among", "small"),
         ("policy.rules", "hard"),
         ("policy.rules[0].name", "with\nnewline"),
         ("policy.rules[0].when.category", "math"),
@@ -359,6 +366,32 @@ def test_a_model_called_auto() -> None:
 def test_a_policy_that_names_an_unknown_model(key: str) -> None:
     expected = f"config.yaml: {key}: unknown model (known: small, large) (got 'huge')"
     assert problems(with_value(SMALL, key, "huge")) == [expected]
+
+
+def test_a_rule_says_who_answers() -> None:
+    expected = ["config.yaml: policy.rules[0].model: missing key (or cheapest_within instead)"]
+    assert problems(without(SMALL, "policy.rules[0].model")) == expected
+
+
+def test_a_rule_says_it_once() -> None:
+    expected = ["config.yaml: policy.rules[0].cheapest_within: cannot stand beside model (got 0.05)"]
+    assert problems(with_value(SMALL, "policy.rules[0].cheapest_within", 0.05)) == expected
+
+
+def test_among_stands_beside_cheapest_within() -> None:
+    expected = ["config.yaml: policy.rules[0].among: goes with cheapest_within (got ['small', 'large'])"]
+    assert problems(with_value(SMALL, "policy.rules[0].among", ["small", "large"])) == expected
+
+
+def test_a_choice_among_an_unknown_model() -> None:
+    text = with_value(CHEAPEST, "policy.rules[0].among", ["small", "huge"])
+    expected = ["config.yaml: policy.rules[0].among: unknown model (known: small, large) (got 'huge')"]
+    assert problems(text) == expected
+
+
+def test_a_choice_needs_no_condition() -> None:
+    when = load_text(CHEAPEST).policy.rules[0].when
+    assert holds(when, Prompt("", 0, None, None))
 
 
 @pytest.mark.parametrize("when", [{}, {"category": []}, {"complexity": {}}])
@@ -562,6 +595,59 @@ def test_both_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         check_against(load_text(WITH_MILVUS), ("law", "history"), 768)
     assert len(str(caught.value).splitlines()) == 2
+
+
+def refused(text: str, *abilities: str) -> list[str]:
+    """What is wrong with a configuration when the weights have these abilities."""
+    with pytest.raises(ConfigError) as caught:
+        check_against(load_text(text), LABELS, 384, abilities)
+    return str(caught.value).splitlines()
+
+
+def test_a_model_s_ability_is_the_one_of_its_name() -> None:
+    check_against(load_text(CHEAPEST), LABELS, 384, ("large", "small", "gpt-4o"))
+
+
+def test_a_model_s_ability_may_have_another_name() -> None:
+    config = load_text(with_value(CHEAPEST, "models[1].ability", "gpt-4o"))
+    check_against(config, LABELS, 384, ("gpt-4o", "small"))
+    assert [model.ability_name for model in config.models] == ["small", "gpt-4o"]
+
+
+@pytest.mark.parametrize(("abilities", "known"), [(("a", "b"), "a, b"), ((), "none")])
+@pytest.mark.parametrize("text", [SMALL, CHEAPEST])
+def test_an_unknown_ability(text: str, abilities: tuple[str, ...], known: str) -> None:
+    both = with_value(with_value(text, "models[0].ability", "c"), "models[1].ability", "d")
+    assert refused(both, *abilities) == [
+        f"config.yaml: models[0].ability: unknown ability (known: {known}) (got 'c')",
+        f"config.yaml: models[1].ability: unknown ability (known: {known}) (got 'd')",
+    ]
+
+
+@pytest.mark.parametrize(("abilities", "able"), [((), "none"), (("small",), "small"), (("large", "gpt-4o"), "large")])
+def test_a_choice_of_fewer_than_two(abilities: tuple[str, ...], able: str) -> None:
+    problem = f"needs two models with an ability (there are: {able}) (got 0.05)"
+    assert refused(CHEAPEST, *abilities) == [f"config.yaml: policy.rules[0].cheapest_within: {problem}"]
+
+
+@pytest.mark.parametrize("among", [["small"], ["small", "small"]])
+def test_a_choice_among_fewer_than_two(among: list[str]) -> None:
+    (line,) = refused(with_value(CHEAPEST, "policy.rules[0].among", among), "small", "large")
+    assert line.startswith("config.yaml: policy.rules[0].cheapest_within: needs two models")
+
+
+def test_a_choice_among_a_model_without_ability() -> None:
+    text = with_value(CHEAPEST, "policy.rules[0].among", ["small", "large"])
+    problem = "has no ability; name one in models[].ability"
+    assert refused(text, "small") == [f"config.yaml: policy.rules[0].among: {problem} (got 'large')"]
+
+
+def test_the_three_tiers_of_the_documentation() -> None:
+    text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"(?ms)^```yaml\n(.*?)^```", text)
+    config = load_text(example)
+    check_against(config, LABELS, 384, [model.ability_name for model in config.models])
+    assert [rule.cheapest_within for rule in config.policy.rules] == [None, 0.02, 0.05]
 
 
 # The environment

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.config import ConfigError
-from gateway.contract import Contract, read
+from gateway.contract import Ability, Abstention, Contract, read
 
 EMBEDDER = {"fingerprint": "0123456789abcdef", "dimension": 384, "model": "all-MiniLM-L6-v2", "max_tokens": 256}
 CLASSIFIER = {"fingerprint": "fedcba9876543210", "labels": ["math", "law", "computer science"], "temperature": 1.3}
@@ -36,6 +39,94 @@ def test_both_manifests_make_the_contract(repository: Path) -> None:
         embedder="0123456789abcdef",
         classifier="fedcba9876543210",
     )
+
+
+OPTIONAL = {
+    "abstention": {"label": "law", "below": 0.4, "chosen_on": "validation"},
+    "difficulty": 2,
+    "abilities": {"gpt-4o": {"weights": [0.5, -1], "bias": 0.25, "prompts": 1019}},
+}
+
+
+def test_what_a_classifier_s_manifest_may_say(repository: Path) -> None:
+    write(repository, "classifier", {**CLASSIFIER, **OPTIONAL})
+    contract = read(repository)
+    assert contract.abstention == Abstention(label="law", below=0.4)
+    assert contract.difficulty == 2
+    assert contract.abilities == {"gpt-4o": Ability(weights=(0.5, -1.0), bias=0.25)}
+
+
+def test_no_abstention_and_no_abilities(repository: Path) -> None:
+    plain = read(repository)
+    write(repository, "classifier", {**CLASSIFIER, "abstention": None, "difficulty": None, "abilities": {}})
+    assert read(repository) == plain
+
+
+@pytest.mark.parametrize(
+    ("key", "manifest"),
+    [
+        ("abstention.label", {"abstention": {"label": "none", "below": 0.4}}),
+        ("abstention.below", {"abstention": {"label": "law", "below": 1.1}}),
+        ("abstention.below", {"abstention": {"label": "law", "below": -0.1}}),
+        ("abstention.below", {"abstention": {"label": "law"}}),
+        ("difficulty", {"difficulty": 0}),
+        ("difficulty", {"difficulty": None}),
+        ("abilities.a.weights", {"abilities": {"a": {"weights": [1, 2, 3], "bias": 0}}}),
+        ("abilities.a.weights", {"abilities": {"a": {"weights": [], "bias": 0}}}),
+        ("abilities.a.weights[1]", {"abilities": {"a": {"weights": [1, None], "bias": 0}}}),
+        ("abilities.a.weights", {"abilities": {"a": {"bias": 0}}}),
+        ("abilities.a.bias", {"abilities": {"a": {"weights": [1, 2]}}}),
+        ("abilities.a.bias", {"abilities": {"a": {"weights": [1, 2], "bias": "high"}}}),
+    ],
+)
+def test_an_ability_or_abstention_that_cannot_be(repository: Path, key: str, manifest: dict[str, Any]) -> None:
+    path = write(repository, "classifier", {**CLASSIFIER, **OPTIONAL, **manifest})
+    with pytest.raises(ConfigError) as caught:
+        read(repository)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{path}: {key}: ")
+
+
+def test_a_weight_that_is_not_finite(repository: Path) -> None:
+    raw = json.dumps({**CLASSIFIER, **OPTIONAL}).replace("-1]", "-1e999]").encode()
+    path = write(repository, "classifier", raw)
+    with pytest.raises(ConfigError, match="is not valid JSON: ") as caught:
+        read(repository)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    ("score", "expected"), [(0.39, "law"), (0.4, "math"), (0.9, "math")], ids=["below", "at the border", "above"]
+)
+def test_the_category_when_no_score_is_high(score: float, expected: str) -> None:
+    scores = {"math": score, "law": 0.05, "physics": 0.1}
+    sure = Contract(("math", "law", "physics"), 384, "e", "c")
+    abstaining = Contract(("math", "law", "physics"), 384, "e", "c", abstention=Abstention(label="law", below=0.4))
+    assert sure.category(scores) == "math"
+    assert abstaining.category(scores) == expected
+
+
+NUMBERS = st.floats(-1e6, 1e6)
+VECTORS = st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=8)
+
+
+@given(VECTORS, NUMBERS)
+def test_a_quality_is_a_probability(pairs: list[tuple[float, float]], bias: float) -> None:
+    weights, difficulty = zip(*pairs, strict=True)
+    assert 0 <= Ability(weights=weights, bias=bias).quality(difficulty) <= 1
+
+
+@given(st.lists(st.tuples(st.floats(-3, 3), st.floats(-3, 3)), min_size=1, max_size=8), st.floats(-3, 3))
+def test_a_quality_is_the_sigmoid_of_weights_difficulty_and_bias(pairs: list[tuple[float, float]], bias: float) -> None:
+    weights, difficulty = zip(*pairs, strict=True)
+    logit = bias + sum(w * d for w, d in pairs)
+    reference = 1 / (1 + math.exp(-logit))
+    assert Ability(weights=weights, bias=bias).quality(difficulty) == pytest.approx(reference, abs=1e-12)
+
+
+@pytest.mark.parametrize(("bias", "expected"), [(1e308, 1.0), (-1e308, 0.0), (0.0, 0.5)])
+def test_a_quality_at_the_ends(bias: float, expected: float) -> None:
+    assert Ability(weights=(0.0,), bias=bias).quality([1.0]) == expected
 
 
 @pytest.mark.parametrize("part", ["embedder", "classifier"])

@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
-from gateway.config import Condition, Policy, Range, Rule
-from gateway.policy import Decision, Prompt, decide, holds
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.config import Condition, Model, Policy, Price, Range, Rule
+from gateway.policy import Prompt, cheapest_within, decide, holds
 
 PROMPT = Prompt(text="What is a group?", prompt_tokens=4, category="math", complexity=0.5)
 UNREAD = Prompt(text="What is a group?", prompt_tokens=4, category=None, complexity=None)
 
 MATHS = Rule(name="maths", when=Condition(category=("math", "physics")), model="medium")
 HARD = Rule(name="hard", when=Condition(complexity=Range(at_least=0.5)), model="large")
+NEVER = Condition(category=("law",))
+
+
+def model(name: str, price: float, input_price: float = 0.1) -> Model:
+    return Model(
+        name=name,
+        endpoints=("http://127.0.0.1:8000",),
+        price_per_million_tokens=Price(input=input_price, output=price),
+        context_window=2048,
+        size="small",
+    )
+
+
+MODELS = (model("small", 0.1), model("medium", 1), model("large", 10))
+
+
+def decided(policy: Policy, prompt: Prompt) -> tuple[str, str]:
+    """Model and rule."""
+    decision = decide(policy, MODELS, prompt)
+    return decision.model, decision.rule
 
 
 def test_the_first_rule_that_holds_decides() -> None:
-    assert decide(Policy(rules=(MATHS, HARD), default="small"), PROMPT) == Decision("medium", "maths")
-    assert decide(Policy(rules=(HARD, MATHS), default="small"), PROMPT) == Decision("large", "hard")
+    assert decided(Policy(rules=(MATHS, HARD), default="small"), PROMPT) == ("medium", "maths")
+    assert decided(Policy(rules=(HARD, MATHS), default="small"), PROMPT) == ("large", "hard")
 
 
 def test_a_rule_that_does_not_hold_is_passed_over() -> None:
-    never = Rule(name="never", when=Condition(category=("law",)), model="medium")
-    assert decide(Policy(rules=(never, HARD), default="small"), PROMPT) == Decision("large", "hard")
+    never = Rule(name="never", when=NEVER, model="medium")
+    assert decided(Policy(rules=(never, HARD), default="small"), PROMPT) == ("large", "hard")
 
 
 def test_the_default_decides_when_no_rule_holds() -> None:
-    never = Rule(name="never", when=Condition(category=("law",)), model="large")
-    assert decide(Policy(rules=(never,), default="small"), PROMPT) == Decision("small", "default")
-    assert decide(Policy(default="small"), PROMPT) == Decision("small", "default")
+    never = Rule(name="never", when=NEVER, model="large")
+    assert decided(Policy(rules=(never,), default="small"), PROMPT) == ("small", "default")
+    assert decided(Policy(default="small"), PROMPT) == ("small", "default")
 
 
 @pytest.mark.parametrize(
@@ -142,3 +166,119 @@ def test_a_rule_on_what_was_not_read_does_not_hold(when: Condition) -> None:
 def test_rules_that_need_no_model_hold_without_one() -> None:
     assert holds(Condition(prompt_tokens=Range(at_least=4)), UNREAD)
     assert holds(Condition(keywords=("group",)), UNREAD)
+
+
+# The cheapest model of nearly the best predicted quality
+
+QUALITY = {"small": 0.70, "medium": 0.84, "large": 0.88}
+GOOD_ENOUGH = Rule(name="good-enough", cheapest_within=0.05)
+
+
+@pytest.mark.parametrize(
+    ("margin", "expected"), [(0.0, "large"), (0.03, "large"), (0.05, "medium"), (0.17, "medium"), (0.2, "small")]
+)
+def test_the_cheapest_within_a_margin_of_the_best(margin: float, expected: str) -> None:
+    policy = Policy(rules=(Rule(name="good-enough", cheapest_within=margin),), default="small")
+    assert decided(policy, replace(PROMPT, quality=QUALITY)) == (expected, "good-enough")
+
+
+def test_a_choice_tells_why() -> None:
+    decision = decide(Policy(rules=(GOOD_ENOUGH,), default="small"), MODELS, replace(PROMPT, quality=QUALITY))
+    assert decision.reason == ("the cheapest whose predicted quality (0.840) is within 0.05 of the best (large, 0.880)")
+
+
+def test_a_choice_among_some() -> None:
+    rule = Rule(name="good-enough", cheapest_within=0.2, among=("large", "medium"))
+    assert decided(Policy(rules=(rule,), default="small"), replace(PROMPT, quality=QUALITY))[0] == "medium"
+
+
+def test_the_best_is_the_best_of_those_it_chooses_among() -> None:
+    rule = Rule(name="good-enough", cheapest_within=0.15, among=("small", "medium"))
+    assert decided(Policy(rules=(rule,), default="large"), replace(PROMPT, quality=QUALITY))[0] == "small"
+
+
+def test_a_model_without_predicted_quality_is_not_chosen() -> None:
+    known = {name: QUALITY[name] for name in ("medium", "large")}
+    rule = Rule(name="good-enough", cheapest_within=1)
+    assert decided(Policy(rules=(rule,), default="small"), replace(PROMPT, quality=known))[0] == "medium"
+
+
+@pytest.mark.parametrize("among", [(), ("small", "large")])
+def test_a_choice_without_predicted_qualities_does_not_hold(among: tuple[str, ...]) -> None:
+    rule = Rule(name="good-enough", cheapest_within=0.05, among=among)
+    assert decided(Policy(rules=(rule,), default="medium"), UNREAD) == ("medium", "default")
+    asked = Rule(name="asked", when=Condition(keywords=("group",)), model="large")
+    assert decided(Policy(rules=(rule, asked), default="medium"), UNREAD) == ("large", "asked")
+
+
+def test_a_choice_has_its_condition() -> None:
+    rule = Rule(name="good-enough", when=NEVER, cheapest_within=0.05)
+    assert decided(Policy(rules=(rule,), default="small"), replace(PROMPT, quality=QUALITY)) == ("small", "default")
+
+
+def test_prices_that_are_equal() -> None:
+    by_input, by_order = [model("a", 1, 0.5), model("b", 1, 0.4)], [model("b", 1, 0.5), model("a", 1, 0.5)]
+    assert cheapest_within(0, by_input, {"a": 0.5, "b": 0.5}).name == "b"
+    assert cheapest_within(0, by_order, {"a": 0.5, "b": 0.5}).name == "b"
+
+
+MARGINS = st.floats(0, 1)
+PRICES = st.sampled_from([0.0, 0.1, 1.0, 10.0])  # few, so that some are equal
+
+
+@st.composite
+def tiers(draw: st.DrawFn) -> tuple[list[Model], dict[str, float]]:
+    """Some models, and the predicted quality of each."""
+    prices = draw(st.lists(st.tuples(PRICES, PRICES), min_size=1, max_size=6))
+    models = [model(f"m{i}", *price) for i, price in enumerate(prices)]
+    return models, {m.name: draw(st.floats(0, 1)) for m in models}
+
+
+def price_of(chosen: Model) -> tuple[float, float]:
+    return chosen.price_per_million_tokens.output, chosen.price_per_million_tokens.input
+
+
+@given(tiers(), MARGINS)
+def test_the_chosen_is_good_and_nothing_good_is_cheaper(
+    given_tiers: tuple[list[Model], dict[str, float]], margin: float
+) -> None:
+    models, quality = given_tiers
+    chosen = cheapest_within(margin, models, quality)
+    least = max(quality.values()) - margin
+    assert quality[chosen.name] >= least
+    for other in models[: models.index(chosen)]:
+        assert quality[other.name] < least or price_of(other) > price_of(chosen)
+    for other in models[models.index(chosen) :]:
+        assert quality[other.name] < least or price_of(other) >= price_of(chosen)
+
+
+@given(tiers(), MARGINS, MARGINS)
+def test_a_wider_margin_never_costs_more(
+    given_tiers: tuple[list[Model], dict[str, float]], one: float, other: float
+) -> None:
+    models, quality = given_tiers
+    narrow, wide = (cheapest_within(margin, models, quality) for margin in sorted((one, other)))
+    assert price_of(wide) <= price_of(narrow)
+
+
+@given(tiers())
+def test_the_whole_margin_takes_the_cheapest_and_none_the_best(
+    given_tiers: tuple[list[Model], dict[str, float]],
+) -> None:
+    models, quality = given_tiers
+    assert price_of(cheapest_within(1, models, quality)) == min(map(price_of, models))
+    assert quality[cheapest_within(0, models, quality).name] == max(quality.values())
+
+
+@given(tiers(), MARGINS)
+def test_what_is_not_asked_for_does_not_matter(
+    given_tiers: tuple[list[Model], dict[str, float]], margin: float
+) -> None:
+    """Models outside of `among` change nothing, and neither does the order in which `among` names them."""
+    models, quality = given_tiers
+    among = tuple(m.name for m in models)
+    others = [model("cheap-and-good", 0), *models, model("dear", 99)]
+    prompt = replace(PROMPT, quality={**quality, "cheap-and-good": 1.0})
+    rules = [Rule(name="choice", cheapest_within=margin, among=names) for names in (among, among[::-1])]
+    chosen = {decide(Policy(rules=(rule,), default="dear"), others, prompt).model for rule in rules}
+    assert chosen == {cheapest_within(margin, models, quality).name}

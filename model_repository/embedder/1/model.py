@@ -1,7 +1,8 @@
 """What `embedder` and `classifier` both are: texts in, one tokenisation, one ONNX pass, the graph's outputs out.
 
-Triton hands `execute` every request of a dynamic batch; all their texts go through the network together. Beside the
-graph's own outputs each text gets `truncated` (its end was not read) and `fingerprint` (which weights answered).
+Triton hands `execute` every request of a dynamic batch; all their texts go through the network together. A text longer
+than the network's window is read in several, which a graph with an input `text` pools; any other reads the first alone.
+Beside the graph's own outputs each text gets `truncated` (its end was not read) and `fingerprint` (whose answer it is).
 """
 
 import hashlib
@@ -21,10 +22,12 @@ class TritonPythonModel:
         manifest, network, tokenizer = _read(model / "weights")
         self.fingerprint = manifest["fingerprint"].encode()
         self.max_characters = 32 * manifest["max_tokens"]
+        window = manifest.get("window", manifest["max_tokens"])
+        self.windows = manifest["max_tokens"] // window
         self.tokenizer = Tokenizer.from_str(tokenizer.decode())
-        self.tokenizer.enable_truncation(manifest["max_tokens"])
-        self.tokenizer.enable_padding()
+        self.tokenizer.enable_truncation(window)
         self.session = _session(network, json.loads(args["model_config"])["parameters"])
+        self.inputs = [given.name for given in self.session.get_inputs()]
         self.outputs = [output.name for output in self.session.get_outputs()]
 
     def execute(self, requests: list) -> list:
@@ -43,16 +46,26 @@ class TritonPythonModel:
     def _run(self, texts: list[str]) -> dict[str, np.ndarray]:
         """Outputs of the graph [B, ...], `truncated` bool [B, 1] and `fingerprint` bytes [B, 1]."""
         encodings = self.tokenizer.encode_batch([text[: self.max_characters] for text in texts])
-        inputs = {
-            "input_ids": np.array([encoding.ids for encoding in encodings]),
-            "attention_mask": np.array([encoding.attention_mask for encoding in encodings]),
-        }
-        answers = dict(zip(self.outputs, self.session.run(None, inputs), strict=True))
+        parts = [[encoding, *encoding.overflowing] for encoding in encodings]
+        inputs = _inputs([[window.ids for window in part[: self.windows]] for part in parts])
+        outputs = self.session.run(None, {name: inputs[name] for name in self.inputs})
+        answers = {name: output[: len(texts)] for name, output in zip(self.outputs, outputs, strict=True)}
         # A text past the character limit may still be few tokens; calling it truncated errs on the safe side.
-        cut = [bool(e.overflowing) or len(t) > self.max_characters for e, t in zip(encodings, texts, strict=True)]
+        cut = [len(p) > self.windows or len(t) > self.max_characters for p, t in zip(parts, texts, strict=True)]
         answers["truncated"] = np.array(cut)[:, None]
         answers["fingerprint"] = np.full((len(texts), 1), self.fingerprint, dtype=object)
         return answers
+
+
+def _inputs(texts: list[list[list[int]]]) -> dict[str, np.ndarray]:
+    """Token ids of each text's windows to padded ids and mask [W, T], and `text` [W], which each window belongs to."""
+    windows = [ids for text in texts for ids in text]
+    lengths = np.array([len(ids) for ids in windows])
+    mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+    padded = np.zeros_like(mask)
+    padded[mask.astype(bool)] = np.concatenate(windows)
+    text = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+    return {"input_ids": padded, "attention_mask": mask, "text": text}
 
 
 def _read(weights: Path) -> tuple[dict, bytes, bytes]:

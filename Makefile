@@ -7,11 +7,17 @@ PY := .venv/bin/python
 PIP_INSTALL := -m pip install --disable-pip-version-check
 PINNED := --constraint deploy/local/constraints.txt
 
-.PHONY: help serve test check train weights triton milvus vllm smollm2 clean
+.PHONY: help serve test check train evaluate calibrate label base benchmarks weights triton milvus vllm clean
 
 help:
 	@echo 'make serve  [CONFIG=config/config.yaml]   start Triton, Milvus, vLLM (as configured) and the gateway'
-	@echo 'make train  [DATA=prompts.jsonl] [BASE=small|hub-id|folder]   train the heads and fill model_repository/'
+	@echo 'make train  [DATA="rows.jsonl more.csv"] [BASE=small|hub-id|folder] [START=base|shipped]   train the heads'
+	@echo 'make evaluate [DATA=...]   measure the exported heads and write a report to runs/'
+	@echo 'make calibrate MODEL=name DATA=graded.jsonl   place a model on the scale of abilities'
+	@echo 'make label PROMPTS=prompts.txt   propose labels for prompts, for review'
+	@echo 'make weights  export what model_repository/ lacks from what is shipped'
+	@echo 'make benchmarks FROM=folder   public benchmarks as rows, for train and evaluate'
+	@echo 'make base   [TEXT=folder] [ARGS="--steps 2400"]   build the small base anew into weights/base'
 	@echo 'make test   [ARGS="tests/gateway -k name"]   run the tests, against real servers'
 	@echo 'make check  lint, types, compose file'
 
@@ -19,12 +25,28 @@ serve: .venv/done
 	@parts=$$($(PY) -m deploy.local.stack parts --config $(CONFIG)) && $(MAKE) --no-print-directory weights $$parts
 	@exec $(PY) -m deploy.local.stack serve --config $(CONFIG)
 
-# Trains what is missing of the weights; does nothing when they are there.
+# Exports what model_repository lacks, from what is shipped; does nothing when all is there.
 weights: .venv/done
-	@$(PY) -m training --missing
+	@$(PY) -m training weights
 
 train: .venv/done
-	@$(PY) -m training --base $(BASE) $(if $(DATA),--data $(DATA)) $(ARGS)
+	@$(PY) -m training train --base $(BASE) $(if $(DATA),--data $(DATA)) $(if $(START),--start $(START)) $(ARGS)
+
+evaluate: .venv/done weights
+	@$(PY) -m training evaluate $(if $(DATA),--data $(DATA)) $(ARGS)
+
+calibrate: .venv/done weights
+	@$(PY) -m training calibrate --model $(MODEL) --data $(DATA) $(ARGS)
+
+label: .venv/done weights
+	@$(PY) -m training label --prompts $(PROMPTS) $(ARGS)
+
+base: .venv/done
+	@$(PY) -m training base $(if $(TEXT),--text $(TEXT)) $(ARGS)
+
+# Public benchmarks as rows for train and evaluate: make benchmarks FROM=folder
+benchmarks: .venv/done
+	@$(PY) -m training benchmarks --data $(FROM) $(ARGS)
 
 test: .venv/done .venv/tests triton milvus vllm
 	$(PY) -m pytest $(ARGS)

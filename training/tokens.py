@@ -1,7 +1,9 @@
 """Texts to padded tensors and back to one vector each; the tokeniser is the file that is served."""
 
 import random
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +25,35 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[
     ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
     tokenizer.no_truncation()
     return ids
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Texts cut into windows of token ids, each with its own special tokens."""
+
+    ids: list[list[int]]  # [W] windows, those of one text in a row
+    text: list[int]  # [W] which text each belongs to
+    truncated: list[bool]  # [B] the text has more windows than are read
+
+    def of(self, texts: Sequence[int]) -> "Windows":
+        """The windows of these `texts` alone, numbered anew."""
+        spans = [range(bisect_left(self.text, i), bisect_right(self.text, i)) for i in texts]
+        ids = [self.ids[w] for span in spans for w in span]
+        return Windows(ids, [new for new, span in enumerate(spans) for _ in span], [self.truncated[i] for i in texts])
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids and mask, int64 [W, T], and text, int64 [W]."""
+        return *pad(self.ids), torch.tensor(self.text)
+
+
+def windows(tokenizer: Tokenizer, texts: Sequence[str], window: int, most: int) -> Windows:
+    """Each text as up to `most` windows of at most `window` tokens, special tokens included."""
+    tokenizer.enable_truncation(window)
+    encodings = tokenizer.encode_batch(list(texts))
+    tokenizer.no_truncation()
+    cut = [[encoding, *encoding.overflowing] for encoding in encodings]
+    ids = [part.ids for parts in cut for part in parts[:most]]
+    return Windows(ids, [i for i, parts in enumerate(cut) for _ in parts[:most]], [len(parts) > most for parts in cut])
 
 
 def pad(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

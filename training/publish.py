@@ -1,0 +1,100 @@
+"""From trained heads to the weights Triton serves, and the choice of the precision they are served in."""
+
+import copy
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from training.base import Base
+from training.compute import device
+from training.export import PRECISIONS, convert, export, milliseconds
+from training.heads import Trained
+from training.measures import Export
+from training.model import Router, merged
+from training.rows import Row
+from training.served import Readings, Served
+
+OUTPUTS = ["category", "complexity", "difficulty"]
+KEPT = 0.005  # accuracy that a smaller form may cost
+SAMPLE = 1000  # rows that a form is measured on
+TIMED = (16, 32, 128)  # tokens
+
+
+def publish(trained: Trained, base: Base, repository: Path, precision: str) -> str:
+    """Export `trained` to `classifier` in `repository`; return the fingerprint. Raises ParityError.
+
+    `precision` is for a CPU; where there is a GPU, it is float16.
+    """
+    precision = "float16" if device().type == "cuda" else precision
+    manifest = {"base": base.name, **trained.manifest(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
+    return export(for_export(trained.router), OUTPUTS, base.tokenizer, repository / "classifier", manifest, precision)
+
+
+def for_export(router: Router) -> Router:
+    """A copy of `router` on the CPU with the low-rank updates merged into the weights."""
+    whole = copy.deepcopy(router).cpu()
+    whole.classifier = merged(whole.classifier)
+    return whole.eval()
+
+
+def measured_precisions(
+    trained: Trained, base: Base, validation: Sequence[Row], test: Sequence[Row]
+) -> tuple[str, list[Export]]:
+    """The precision to serve on a CPU, and the figures of all of them on `test`.
+
+    Chosen on `validation`: int8 when it costs no more than KEPT of the float32 accuracy of category and of complexity's
+    AUC, else float32.
+    """
+    with TemporaryDirectory() as scratch:
+        export(for_export(trained.router), OUTPUTS, base.tokenizer, Path(scratch, "classifier"), trained.manifest())
+        folder = Path(scratch, "classifier", "weights")
+        forms = {name: folder / f"{name}.onnx" for name in PRECISIONS}
+        for name, path in forms.items():
+            convert(folder / "model.onnx", path, name)
+        chosen_by = {name: accuracies(Served(folder, forms[name]), validation) for name in ("float32", "int8")}
+        loses = [
+            a - b
+            for a, b in zip(chosen_by["float32"], chosen_by["int8"], strict=True)
+            if a is not None and b is not None
+        ]
+        chosen = "int8" if all(loss <= KEPT for loss in loses) else "float32"
+        return chosen, [form_figures(name, Served(folder, path), path, test) for name, path in forms.items()]
+
+
+def accuracies(served: Served, rows: Sequence[Row]) -> tuple[float | None, float | None]:
+    """Accuracy of the category and AUC of the complexity on up to SAMPLE of `rows`; None where no row says."""
+    rows = sample(rows, SAMPLE)
+    found = served.read([row.text for row in rows])
+    return category_accuracy(served.labels, rows, found), complexity_auc(rows, found)
+
+
+def category_accuracy(labels: Sequence[str], rows: Sequence[Row], found: Readings) -> float | None:
+    right = [labels[i] == row.category for row, i in zip(rows, found.category.argmax(1), strict=True) if row.category]
+    return float(np.mean(right)) if right else None
+
+
+def complexity_auc(rows: Sequence[Row], found: Readings) -> float | None:
+    known = [
+        (row.complexity >= 0.5, p) for row, p in zip(rows, found.complexity, strict=True) if row.complexity is not None
+    ]
+    true, score = zip(*known, strict=True) if known else ((), ())
+    return float(roc_auc_score(true, score)) if len(set(true)) == 2 else None
+
+
+def sample(rows: Sequence[Row], most: int) -> list[Row]:
+    """Up to `most` of `rows`, spread evenly over them."""
+    step = max(len(rows) / most, 1)
+    return [rows[int(i * step)] for i in range(min(len(rows), most))]
+
+
+def form_figures(name: str, served: Served, path: Path, rows: Sequence[Row]) -> Export:
+    """Size, time on one thread and, on up to SAMPLE of `rows`, what the form `name` at `path` is worth."""
+    accuracy, auc = accuracies(served, rows)
+    times: dict[str, Any] = {str(tokens): round(milliseconds(path, tokens), 2) for tokens in TIMED}
+    megabytes = round(path.stat().st_size / 1e6, 1)
+    return {"precision": name, "megabytes": megabytes, "milliseconds": times, "accuracy": accuracy, "auc": auc}

@@ -12,7 +12,7 @@ from pathlib import Path
 from training.weights import MODELS, missing
 
 PROMPTS = Path(__file__).parent / "prompts"
-WINDOW, WINDOWS = 258, 8  # tokens read at a time, two of them marks, and how many times: 2,048 of a prompt
+WINDOW, WINDOWS = 258, 4  # tokens read at a time, two of them marks, and how many times: 1,024 of a prompt
 REPOSITORY = Path("model_repository")
 PACKAGES = ("torch", "transformers", "peft", "onnx", "onnxruntime", "sklearn")
 

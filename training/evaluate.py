@@ -31,7 +31,7 @@ from training.served import Readings, Served
 
 OURS = "this classifier"
 JOINED = (64, 512, 2048)  # tokens
-PER_CATEGORY = 20  # joined texts
+PER_CATEGORY = 8  # joined texts
 FEW = 30  # test rows below which a source is no set of its own
 PERTURBED = 500  # rows
 LIMITS = [

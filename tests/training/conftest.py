@@ -1,4 +1,4 @@
-"""A base and a data set small enough to train on in seconds, what came of it, and the real Triton before the weights."""
+"""A base and rows small enough to train on in seconds, what came of that, and the real Triton before the weights."""
 
 import json
 import random
@@ -16,7 +16,9 @@ from transformers import ModernBertConfig, ModernBertModel
 
 from tests.conftest import ROOT, answers, free_port, running, wait_until
 from training.__main__ import main
-from training.tokens import read_tokenizer
+from training.base import Base, load_base
+from training.heads import Trained, load_heads
+from training.tokens import read_tokenizer, windows
 from training.weights import missing, read_manifest
 
 WORDS = {
@@ -110,6 +112,26 @@ def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         patch.chdir(folder)
         assert main(arguments) == 0
     return Run(folder, arguments)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a run has kept, ready to read with."""
+
+    base: Base
+    trained: Trained
+
+    def read(self, texts: list[str]) -> tuple[torch.Tensor, ...]:
+        """Category [N, L], complexity [N, 1] and difficulty [N, K] of `texts`, computed by torch."""
+        cut = windows(self.base.tokenizer, texts, self.trained.window, self.trained.windows)
+        with torch.inference_mode():
+            return tuple(output[: len(texts)] for output in self.trained.router(*cut.tensors()))
+
+
+@pytest.fixture(scope="session")
+def heads(trained: Run, tiny_base: Path) -> Heads:
+    base = load_base(str(tiny_base))
+    return Heads(base, load_heads(trained.report / "heads", base))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""The exported embedder is all-MiniLM-L6-v2, and nothing that disagrees with torch is exported."""
+"""The graphs say what torch says, at every precision, and nothing that does not is exported."""
 
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -10,7 +11,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from training.export import SENTENCE, ParityError, export, export_embedder
+from tests.training.conftest import Heads, Run
+from training.export import PRECISIONS, SENTENCE, ParityError, convert, export
+from training.publish import OUTPUTS, for_export
+from training.served import NoWeights, Served
 from training.tokens import encode, pad, read_tokenizer
 from training.weights import appearing, fingerprint, missing, read_manifest
 
@@ -23,15 +27,8 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("repository")
-    export_embedder(folder)
-    return folder
-
-
-def test_the_embedder_equals_the_reference_on_a_padded_batch(repository: Path) -> None:
-    weights = repository / "embedder/weights"
+def test_the_embedder_equals_the_reference_on_a_padded_batch(trained: Run) -> None:
+    weights = trained.repository / "embedder/weights"
     ids, mask = pad(encode(Tokenizer.from_file(str(weights / "tokenizer.json")), TEXTS, 256))
     session = onnxruntime.InferenceSession(weights / "model.onnx")
     (found,) = session.run(["embedding"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
@@ -40,17 +37,52 @@ def test_the_embedder_equals_the_reference_on_a_padded_batch(repository: Path) -
     assert found[0] @ found[2] == pytest.approx(0.930, abs=1e-3)
 
 
-def test_the_manifest_names_the_weights(repository: Path) -> None:
-    weights = repository / "embedder/weights"
+def test_the_embedder_s_manifest_names_the_weights(trained: Run) -> None:
+    weights = trained.repository / "embedder/weights"
     assert read_manifest(weights) == {
         "fingerprint": fingerprint(weights),
+        "precision": "float32",
         "model": "sentence-transformers/all-MiniLM-L6-v2",
         "dimension": 384,
         "max_tokens": 256,
         "license": "Apache-2.0",
     }
-    assert [path.name for path in (repository / "embedder").iterdir()] == ["weights"]
-    assert missing(repository) == ["classifier"]
+    assert [path.name for path in (trained.repository / "embedder").iterdir()] == ["weights"]
+
+
+@pytest.fixture(scope="module")
+def forms(heads: Heads, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
+    """The trained classifier at every precision."""
+    folder = tmp_path_factory.mktemp("forms")
+    router, tokenizer = for_export(heads.trained.router), heads.base.tokenizer
+    export(router, OUTPUTS, tokenizer, folder / "classifier", heads.trained.manifest())
+    weights = folder / "classifier/weights"
+    for name in PRECISIONS:
+        convert(weights / "model.onnx", folder / f"{name}.onnx", name)
+    return {name: Served(weights, folder / f"{name}.onnx") for name in PRECISIONS}
+
+
+def test_every_form_of_the_classifier_stays_near_torch(forms: dict[str, Served], heads: Heads) -> None:
+    texts = ["", *(f"{verb} {words}" for verb in ("name", "prove") for words in ("garlic oven", "tide mast", "pawn"))]
+    texts += ["prove the tide turns and the harbour fills " * n for n in (5, 30)]
+    category, complexity, difficulty = (output.numpy() for output in heads.read(texts))
+    for name, far in (("float32", 1e-4), ("float16", 0.01), ("int8", 0.1)):
+        found = forms[name].read(texts)
+        np.testing.assert_allclose(found.category, category, atol=far, err_msg=name)
+        np.testing.assert_allclose(found.complexity, complexity[:, 0], atol=far, err_msg=name)
+        np.testing.assert_allclose(found.difficulty, difficulty, atol=10 * far, err_msg=name)
+        assert found.category.sum(1) == pytest.approx(np.ones(len(texts)), abs=1e-2)
+    assert found.truncated.tolist() == [False] * len(texts)
+    sizes = {name: Path(forms[name].session._model_path).stat().st_size for name in PRECISIONS}
+    assert sizes["float16"] < 0.8 * sizes["float32"]
+
+
+def test_only_what_is_past_all_windows_is_truncated(forms: dict[str, Served]) -> None:
+    """Four windows of 64 tokens, two of each special."""
+    found = forms["float32"].read(["tide " * count for count in (62, 63, 248, 249, 400)])
+    assert found.truncated.tolist() == [False, False, False, True, True]
+    assert found.tokens.tolist() == [64, 67, 256, 256, 256]
+    np.testing.assert_allclose(found.difficulty[2:], np.tile(found.difficulty[2], (3, 1)), atol=1e-4)
 
 
 def test_what_disagrees_with_torch_is_not_exported(tmp_path: Path) -> None:
@@ -61,6 +93,9 @@ def test_what_disagrees_with_torch_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(ParityError, match="noise"):
         export(Noise(), ["value"], read_tokenizer(get_model_path()), tmp_path / "noise", {"max_tokens": 64})
     assert list((tmp_path / "noise").iterdir()) == []
+    assert missing(tmp_path) == ["embedder", "classifier"]
+    with pytest.raises(NoWeights, match="`make train` writes them"):
+        Served(tmp_path / "noise")
 
 
 def test_a_folder_appears_complete_or_stays_as_it_was(tmp_path: Path) -> None:

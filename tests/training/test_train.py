@@ -1,85 +1,179 @@
-"""`python -m training` from labelled rows to served weights, on a base from a folder."""
+"""`python -m training` from labelled rows to served weights and a report, on a base from a folder."""
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import onnxruntime
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, wait_until
+from tests.training.conftest import Run, records, written
 from training.__main__ import main
-from training.tokens import encode, pad, read_tokenizer
+from training.model import DIFFICULTY
+from training.served import Served
 from training.weights import fingerprint, missing, read_manifest
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
-def trained(tmp_path: Path, tiny_base: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The arguments that trained `model_repository` in the present folder."""
+def folder(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in; its model repository has the embedder, which takes longest to export."""
     monkeypatch.chdir(tmp_path)
-    arguments = ["--base", str(tiny_base), "--data", str(tiny_data), "--epochs", "8"]
-    assert main([*arguments, "--missing"]) == 0
-    return arguments
+    (tmp_path / "model_repository").mkdir()
+    (tmp_path / "model_repository/embedder").symlink_to(trained.repository / "embedder")
+    return tmp_path
 
 
-def test_rows_become_weights_and_the_same_rows_the_same_weights(trained: list[str]) -> None:
-    repository = Path("model_repository")
-    assert missing(repository) == []
-    embedder, classifier = repository / "embedder/weights", repository / "classifier/weights"
-    first, frozen = read_manifest(classifier), (embedder / "manifest.json").stat().st_mtime_ns
-    assert first is not None
-    assert first["labels"] == ["chess", "cooking", "sailing"]
-    assert first["metrics"]["accuracy"] > 0.6  # a third by chance
-    (run,) = Path("runs").iterdir()
-    assert json.loads((run / "metrics.json").read_text())["test"] == first["metrics"]
-    assert set(json.loads((run / "metrics.json").read_text())["baselines"]) > {"majority class", "prompt length"}
-    assert_serves(classifier, first["labels"])
+def test_rows_become_weights_and_a_manifest(trained: Run) -> None:
+    assert missing(trained.repository) == []
+    manifest = trained.manifest
+    assert manifest["fingerprint"] == fingerprint(trained.weights)
+    assert manifest["labels"] == ["chess", "cooking", "sailing"]
+    assert manifest["models"] == sorted(manifest["abilities"]) == ["strong", "weak"]
+    assert manifest["abstention"] is None  # no category is called "other"
+    assert manifest["precision"] in ("float32", "int8", "float16")
+    assert (manifest["window"], manifest["max_tokens"]) == (64, 256)
+    assert manifest["difficulty"] == DIFFICULTY + 7  # six directions of the words, and the length
+    assert all(len(known["weights"]) == manifest["difficulty"] for known in manifest["abilities"].values())
+    (source,) = manifest["trained_on"]
+    assert (source["name"], sum(source["rows"].values())) == ("own", 300)
+    assert source["used_for"] == "category, complexity, correct"
+    assert manifest["started_from"] is None
+    assert manifest["metrics"]["own"]["accuracy"] > 0.9
 
-    assert main(trained) == 0
-    assert fingerprint(classifier) == first["fingerprint"]
-    assert (embedder / "manifest.json").stat().st_mtime_ns == frozen
+    served = Served(trained.weights)
+    found = served.read(["name garlic butter oven", "prove bishop gambit endgame"])
+    assert [served.labels[i] for i in found.category.argmax(1)] == ["cooking", "chess"]
+    assert found.category.sum(1) == pytest.approx([1, 1], abs=1e-5)
+    assert found.complexity[0] < 0.3 < 0.7 < found.complexity[1]
+    assert found.difficulty.shape == (2, manifest["difficulty"])
+    gain = served.right("strong", found.difficulty) - served.right("weak", found.difficulty)
+    assert gain[0] < 0.3 < gain[1]
 
-    quick = "import sys; from training.__main__ import main; main(['--missing']); sys.exit('torch' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", quick], capture_output=True, text=True, env=environment, check=False)
+
+def test_the_run_is_reported(trained: Run) -> None:
+    metrics = json.loads((trained.report / "metrics.json").read_text())
+    (test,) = (found for found in metrics["sets"] if found["name"] == "own")
+    assert test["category"]["accuracy"]["value"] == trained.manifest["metrics"]["own"]["accuracy"]
+    assert "TF-IDF + linear SVM" in test["category"]["baselines"]
+    assert {"typos in 10 % of words", "lower case"} < set(metrics["robustness"]["own"])
+    (pair,) = metrics["pairs"]
+    assert (pair["weak"], pair["strong"]) == ("weak", "strong")
+    assert pair["scores"]["this classifier"]["apgr"]["value"] > pair["scores"]["random"]["apgr"]["value"]
+    assert [found["precision"] for found in metrics["exports"]] == ["float32", "int8", "float16"]
+    assert metrics["history"][-1]["loss"] < metrics["history"][0]["loss"]
+    assert metrics["sources"] == trained.manifest["trained_on"]
+    assert metrics["settings"]["window"] == "64"
+    page, card = ((trained.report / name).read_text() for name in ("report.html", "model_card.md"))
+    assert all(image in page for image in (path.name for path in trained.report.glob("*.png")))
+    assert "| own | train 236, validation 32, test 32 |" in card
+    assert read_manifest(trained.report) is not None
+    assert list((trained.folder / "runs").glob(".*")) == []
+
+
+def test_weights_that_are_there_are_not_made_again_and_torch_is_not_loaded(trained: Run) -> None:
+    quick = "import sys; from training.__main__ import main; main(['weights']); sys.exit('torch' in sys.modules)"
+    command = [sys.executable, "-c", quick]
+    before = (trained.weights / "manifest.json").stat().st_mtime_ns
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=trained.folder, check=False)
     assert (done.returncode, done.stdout) == (0, "model_repository: all weights are there\n")
-
-    (classifier / "model.onnx").write_bytes(b"torn")
-    assert missing(repository) == ["classifier"]
+    assert (trained.weights / "manifest.json").stat().st_mtime_ns == before
 
 
-def assert_serves(weights: Path, labels: list[str]) -> None:
-    """The graph gives each text of a mixed batch what it gives it alone, as probabilities."""
-    texts = ["name garlic butter oven", "prove " + "bishop gambit endgame " * 30]
-    ids = encode(read_tokenizer(weights), texts, 256)
-    session = onnxruntime.InferenceSession(weights / "model.onnx")
-
-    def scores(rows: list[list[int]]) -> list:
-        input_ids, mask = pad(rows)
-        return session.run(None, {"input_ids": input_ids.numpy(), "attention_mask": mask.numpy()})
-
-    category, complexity = scores(ids)
-    assert category.shape == (2, len(labels))
-    assert category.sum(1) == pytest.approx([1, 1], abs=1e-5)
-    assert complexity.shape == (2, 1)
-    assert category[0] == pytest.approx(scores(ids[:1])[0][0], abs=1e-4)
+def test_torn_weights_are_missing(trained: Run, folder: Path) -> None:
+    torn = folder / "model_repository/classifier/weights"
+    shutil.copytree(trained.weights, torn)
+    assert missing(folder / "model_repository") == []
+    (torn / "model.onnx").write_bytes(b"torn")
+    assert missing(folder / "model_repository") == ["classifier"]
 
 
-def test_bad_rows_are_all_named_and_nothing_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"text": ""}\n{"text": "a", "complexity": 2}\n')
-    assert main(["--data", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "out")]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.rpartition("bad.jsonl:")[2][:2] for line in lines[:-1]] == ["1:", "2:"]
-    assert lines[-1] == "nothing was trained (problems: 2)"
-    assert not (tmp_path / "out").exists()
+def test_training_that_was_killed_goes_on_and_ends_with_the_same_weights(trained: Run, folder: Path) -> None:
+    """Three processes, two of them killed: in the middle of training, and after it while it is measured."""
+    command = [sys.executable, "-m", "training", *trained.arguments]
+
+    def kept() -> list[Path]:
+        return list(folder.glob("runs/.unfinished-*.pt"))
+
+    def said() -> str:
+        return (folder / "log").read_text()
+
+    for until in (kept, lambda: list(folder.glob("runs/.2*")) or "report:" in said()):
+        with (folder / "log").open("w") as log:
+            process = subprocess.Popen(command, env=ENVIRONMENT, cwd=folder, stdout=log, stderr=log)
+        wait_until("training to get so far", lambda: until() or process.poll() is not None, 600)  # noqa: B023
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, said()
+        assert len(kept()) == 1
+    assert main(trained.arguments) == 0
+    assert fingerprint(folder / "model_repository/classifier/weights") == trained.manifest["fingerprint"]
+    assert [path.name.startswith(".") for path in (folder / "runs").iterdir()] == [False]  # nothing half done is left
 
 
-def test_a_base_that_is_not_there_is_named(
-    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lacking", ["complexity", "correct"])
+def test_a_kind_of_label_may_be_missing_altogether(lacking: str, folder: Path, tiny_base: Path) -> None:
+    data = written(folder / "mine.jsonl", records(150, lacking))
+    arguments = ["--data", str(data), "--base", str(tiny_base), "--epochs", "1", "--window", "64", "--windows", "2"]
+    assert main(["train", *arguments]) == 0
+    served = Served(folder / "model_repository/classifier/weights")
+    found = served.read(["name garlic", "prove " + "tide " * 200])
+    assert served.labels == ["chess", "cooking", "sailing"]
+    assert all(array.size and (array == array).all() for array in (found.category, found.complexity, found.difficulty))
+    assert set(served.manifest["abilities"]) == (set() if lacking == "correct" else {"weak", "strong"})
+    assert main(["evaluate", "--data", str(data)]) == 0
+    runs = [json.loads(path.read_text()) for path in (folder / "runs").glob("*/metrics.json")]
+    for metrics in runs:
+        assert metrics["sets"][0]["category"]["rows"] > 0
+        assert (metrics["sets"][0]["complexity"] is None) == (lacking == "complexity")
+        assert bool(metrics["pairs"]) == (lacking == "complexity")
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "says"),
+    [
+        ("train --data bad.jsonl", 2, "bad.jsonl:1: text must be a string that is not empty"),
+        ("train --data none.jsonl", 2, "none.jsonl: no such file or folder"),
+        ("train --data no_category.jsonl", 2, "category: no row has one; at least two are needed"),
+        ("train --data good.jsonl --base empty", 1, "base 'empty': empty/config.json is missing"),
+        ("train --data good.jsonl --base broken", 1, "base 'broken': "),
+        ("train --data good.jsonl --base no/such/base", 1, "base 'no/such/base' is neither 'small', nor a folder"),
+        ("train --data good.jsonl --window 2", 2, "window"),
+        ("evaluate --data good.jsonl --out none", 1, "no complete weights; `make train` writes them"),
+        ("label --prompts none.txt", 2, "none.txt: cannot be read"),
+        ("label --prompts empty.txt", 2, "empty.txt: holds no prompts"),
+        ("label --prompts good.jsonl --out none", 1, "no complete weights"),
+        ("calibrate --model m --data none.jsonl", 2, "none.jsonl: no such file or folder"),
+        ("calibrate --model m --data good.jsonl", 1, "0 answers of m are graded; at least 50 are needed"),
+        ("benchmarks --data empty", 1, "mmlu_pro.jsonl.gz"),
+        ("benchmarks --data broken", 1, "mmlu_pro.jsonl.gz"),
+    ],
+)
+def test_what_a_user_can_mend_is_a_message_and_a_status(
+    command: str, status: int, says: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert main(["--data", str(tiny_data), "--base", "empty"]) == 1
-    assert capsys.readouterr().err == "base 'empty': empty/config.json is missing\n"
+    written(folder / "good.jsonl", records(100))
+    written(folder / "bad.jsonl", [{"text": ""}, {"text": "a", "complexity": 2}])
+    written(folder / "no_category.jsonl", records(100, "category"))
+    (folder / "empty.txt").write_text("\n \n")
+    for name in ("empty", "broken"):
+        (folder / name).mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors", "mmlu_pro.jsonl.gz"):
+        (folder / "broken" / name).write_text("{}")
+    assert main(command.split()) == status
+    assert says in capsys.readouterr().err
+    assert missing(folder / "model_repository") == ["classifier"]
+    assert not list(folder.glob("runs/*"))
+
+
+@pytest.mark.parametrize("command", ["", "train --epochs 0", "train --window x", "calibrate --model m", "fly"])
+def test_arguments_that_make_no_sense_are_explained(command: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(command.split())
+    assert "usage: python -m training" in capsys.readouterr().err

@@ -8,11 +8,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import tritonclient.grpc as grpc
-from tokenizers import Tokenizer
 
 from tests.conftest import ROOT
 from tests.training.conftest import started
-from training.tokens import encode, pad
+from training.export import named
+from training.tokens import read_tokenizer, windows
 from training.weights import read_manifest
 
 OUTPUTS = [
@@ -21,10 +21,12 @@ OUTPUTS = [
     "embedder_fingerprint",
     "category",
     "complexity",
+    "difficulty",
     "classifier_truncated",
     "classifier_fingerprint",
 ]
-LONG = "the tide turns and the harbour fills " * 400
+LONG = "the tide turns and the harbour fills " * 400  # 2,800 tokens: more than either reads
+WINDOWS = "the tide turns and the harbour fills " * 100  # 700: several windows of the classifier
 
 
 def route(address: str, texts: list[bytes]) -> dict[str, np.ndarray]:
@@ -38,14 +40,21 @@ def route(address: str, texts: list[bytes]) -> dict[str, np.ndarray]:
 
 
 def alone(model: str, text: str) -> list[np.ndarray]:
-    """The outputs of `model`'s graph for one text, unpadded."""
+    """The outputs of `model`'s graph for one text, its windows unpadded where there is one only."""
     weights = ROOT / "model_repository" / model / "weights"
     manifest = read_manifest(weights)
     assert manifest is not None
-    tokenizer = Tokenizer.from_file(str(weights / "tokenizer.json"))
-    ids, mask = pad(encode(tokenizer, [text], manifest["max_tokens"]))
+    window = manifest.get("window", manifest["max_tokens"])
+    inputs = windows(read_tokenizer(weights), [text], window, manifest["max_tokens"] // window).tensors()
     session = onnxruntime.InferenceSession(weights / "model.onnx")
-    return [output[0] for output in session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})]
+    return [output[0] for output in session.run(None, named(session, inputs[: len(session.get_inputs())]))]
+
+
+def tolerance(model: str) -> float:
+    """How far an answer may be from that to the text alone; int8 scales its inputs by all that are in the batch."""
+    manifest = read_manifest(ROOT / "model_repository" / model / "weights")
+    assert manifest is not None
+    return {"float32": 1e-3, "float16": 1e-2, "int8": 0.1}[manifest.get("precision", "float32")]
 
 
 def passes(address: str) -> dict[str, int]:
@@ -58,16 +67,24 @@ def passes(address: str) -> dict[str, int]:
 
 
 def test_a_mixed_batch_equals_each_text_alone(triton: str) -> None:
-    texts = ["", "Why?", "Explain how tides arise, step by step, to a sailor.", LONG]
+    texts = ["", "Why?", "Explain how tides arise, step by step, to a sailor.", WINDOWS, LONG]
     found = route(triton, [text.encode() for text in texts])
     for i, text in enumerate(texts):
         (embedding,) = alone("embedder", text)
-        category, complexity = alone("classifier", text)
-        np.testing.assert_allclose(found["embedding"][i], embedding, atol=1e-3)
-        np.testing.assert_allclose(found["category"][i], category, atol=1e-3)
-        np.testing.assert_allclose(found["complexity"][i], complexity, atol=1e-3)
-    assert found["embedder_truncated"][:, 0].tolist() == [False, False, False, True]
-    assert found["classifier_truncated"][:, 0].tolist() == [False, False, False, True]
+        category, complexity, difficulty = alone("classifier", text)
+        np.testing.assert_allclose(found["embedding"][i], embedding, atol=tolerance("embedder"))
+        np.testing.assert_allclose(found["category"][i], category, atol=tolerance("classifier"))
+        np.testing.assert_allclose(found["complexity"][i], complexity, atol=tolerance("classifier"))
+        np.testing.assert_allclose(found["difficulty"][i], difficulty, atol=10 * tolerance("classifier"))
+    assert found["embedder_truncated"][:, 0].tolist() == [False, False, False, True, True]
+    assert found["classifier_truncated"][:, 0].tolist() == [False, False, False, False, True]
+
+
+def test_the_end_of_a_long_text_is_read(triton: str) -> None:
+    """Beyond the first window only the classifier reads on."""
+    found = route(triton, [WINDOWS.encode(), f"{WINDOWS} Prove the Riemann hypothesis.".encode()])
+    assert np.array_equal(*found["embedding"])
+    assert not np.array_equal(*found["difficulty"])
 
 
 def test_answers_carry_the_fingerprints_of_the_manifests(triton: str) -> None:
@@ -97,7 +114,8 @@ def test_bytes_that_are_no_text_spoil_neither_the_batch_nor_the_server(triton: s
 
 
 def test_more_characters_than_are_read_counts_as_truncated(triton: str) -> None:
-    assert route(triton, [b" " * 1_000_000])["embedder_truncated"].tolist() == [[True]]
+    found = route(triton, [b" " * 1_000_000])
+    assert found["embedder_truncated"].tolist() == found["classifier_truncated"].tolist() == [[True]]
 
 
 def test_a_batch_past_the_limit_is_refused_and_serving_goes_on(triton: str) -> None:

@@ -102,8 +102,8 @@ def _weights(options: argparse.Namespace) -> None:
     from training.publish import publish
 
     if "classifier" in missing(options.out) and not SHIPPED.exists():  # while none are shipped
-        return _train(_parser().parse_args(["train", "--epochs", "2", "--out", str(options.out)]))
-    if "classifier" in missing(options.out):
+        _train(_parser().parse_args(["train", "--epochs", "2", "--out", str(options.out)]))
+    elif "classifier" in missing(options.out):
         base = load_base("small")
         trained = load_heads(SHIPPED, base)
         print(f"exporting the shipped heads to {options.out / 'classifier' / 'weights'}")

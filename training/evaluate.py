@@ -4,6 +4,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -76,11 +77,13 @@ def evaluate(weights: Path, splits: Splits, embed: Embed) -> Metrics:
 
 def made_of(manifest: Mapping[str, Any]) -> list[Source]:
     """The data that made the classifier of `manifest`, those of the heads that its training started from included."""
-    own: list[Source] = list(manifest["trained_on"])
+    own: list[Source] = [source.copy() for source in manifest["trained_on"]]
     if not manifest["started_from"]:
         return own
     before = made_of(manifest["started_from"])
-    return [*own, *({**source, "used_for": f"{source['used_for']} (of the heads started from)"} for source in before)]
+    for source in before:
+        source["used_for"] += " (of the heads started from)"
+    return own + before
 
 
 def by_source(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -166,13 +169,11 @@ def _joined_texts(served: Served, rows: Sequence[Row], tokens: int) -> Iterator[
         texts = [row.text for row in rows if row.category == category]
         sizes = [len(encoding.ids) for encoding in served.tokenizer.encode_batch(texts)]
         for start in range(0, len(texts), max(len(texts) // PER_CATEGORY, 1)):
-            taken, length, i = [], 0, start
-            while length < tokens and len(taken) < len(texts):
-                taken.append(texts[i % len(texts)])
-                length += sizes[i % len(texts)]
-                i += 1
-            if length >= tokens:
-                yield category, served.tokenizer.decode(served.tokenizer.encode("\n\n".join(taken)).ids[1 : tokens - 1])
+            order = [*range(start, len(texts)), *range(start)]
+            enough = next((n for n, length in enumerate(accumulate(sizes[i] for i in order), 1) if length >= tokens), 0)
+            if enough:
+                ids = served.tokenizer.encode("\n\n".join(texts[i] for i in order[:enough])).ids
+                yield category, served.tokenizer.decode(ids[1 : tokens - 1])
 
 
 def _robustness(served: Served, rows: Sequence[Row], plain: Readings) -> dict[str, Perturbed]:

@@ -158,8 +158,7 @@ def disagreement(module: nn.Module, path: Path, tokenizer: Tokenizer, window: in
     texts = ["", "Why?", SENTENCE, SENTENCE * 4, SENTENCE * (window // 4)]
     worst = 0.0
     for batch in (texts, texts[:1], texts[2:4]):
-        inputs = windows(tokenizer, batch, window, 8 if pooled else 1).tensors()
-        inputs = inputs if pooled else inputs[:2]
+        inputs = windows(tokenizer, batch, window, 8 if pooled else 1).tensors()[: 3 if pooled else 2]
         with torch.inference_mode():
             expected = module(*inputs)
         actual = session.run(None, named(session, inputs))

@@ -43,9 +43,11 @@ class Lexical(nn.Module):
         """Ids and mask, int64 [W, T], to sums over the n-grams of each window: [W, C] and [W, 1]."""
         grams = torch.cat([input_ids, pairs(input_ids, self.vocabulary)], 1)
         there = torch.cat([attention_mask, attention_mask[:, 1:]], 1)[..., None].float()
-        return tuple(
-            (nn.functional.embedding(grams, table).float() * there).sum(1) for table in (self.table, self.energy)
-        )
+
+        def summed(table: Tensor) -> Tensor:
+            return (nn.functional.embedding(grams, table).float() * there).sum(1)
+
+        return summed(self.table), summed(self.energy)
 
 
 def pairs(input_ids: Tensor, vocabulary: int) -> Tensor:

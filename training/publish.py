@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
@@ -19,6 +19,7 @@ from training.model import Router, merged
 from training.rows import Row
 from training.served import Readings, Served
 
+T = TypeVar("T")
 OUTPUTS = ["category", "complexity", "difficulty"]
 KEPT = 0.005  # accuracy that a smaller form may cost
 SAMPLE = 1000  # rows that a form is measured on
@@ -86,7 +87,7 @@ def complexity_auc(rows: Sequence[Row], found: Readings) -> float | None:
     return float(roc_auc_score(true, score)) if len(set(true)) == 2 else None
 
 
-def sample(rows: Sequence[Row], most: int) -> list[Row]:
+def sample(rows: Sequence[T], most: int) -> list[T]:
     """Up to `most` of `rows`, spread evenly over them."""
     step = max(len(rows) / most, 1)
     return [rows[int(i * step)] for i in range(min(len(rows), most))]

@@ -58,13 +58,13 @@ def test_a_missing_label_teaches_nothing() -> None:
 
 @pytest.mark.parametrize("lacking", ["complexity", "correct"])
 def test_without_any_label_of_a_kind_the_loss_is_still_a_number(lacking: str) -> None:
-    rows = [replace(row, **{lacking: None if lacking == "complexity" else {}}) for row in ROWS]
+    rows = [replace(row, complexity=None) if lacking == "complexity" else replace(row, correct={}) for row in ROWS]
     names, models = ["x", "y"], graded_models(rows)
-    outputs = [torch.randn(3, width, requires_grad=True) for width in (len(names), 1, len(models))]
-    value = loss(*outputs, targets(rows, names, models), smoothing=0.1)  # type: ignore[call-arg]
+    category, complexity, right = (torch.randn(3, n, requires_grad=True) for n in (len(names), 1, len(models)))
+    value = loss(category, complexity, right, targets(rows, names, models), smoothing=0.1)
     value.backward()
     assert value.isfinite()
-    assert all(output.grad is None or output.grad.isfinite().all() for output in outputs)
+    assert all(part.grad is None or part.grad.isfinite().all() for part in (category, complexity, right))
 
 
 def test_calibration_recovers_what_was_applied() -> None:

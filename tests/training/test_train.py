@@ -144,7 +144,6 @@ def test_a_kind_of_label_may_be_missing_altogether(lacking: str, folder: Path, t
         ("train --data good.jsonl --base empty", 1, "base 'empty': empty/config.json is missing"),
         ("train --data good.jsonl --base broken", 1, "base 'broken': "),
         ("train --data good.jsonl --base no/such/base", 1, "base 'no/such/base' is neither 'small', nor a folder"),
-        ("train --data good.jsonl --window 2", 2, "window"),
         ("evaluate --data good.jsonl --out none", 1, "no complete weights; `make train` writes them"),
         ("label --prompts none.txt", 2, "none.txt: cannot be read"),
         ("label --prompts empty.txt", 2, "empty.txt: holds no prompts"),
@@ -172,7 +171,17 @@ def test_what_a_user_can_mend_is_a_message_and_a_status(
     assert not list(folder.glob("runs/*"))
 
 
-@pytest.mark.parametrize("command", ["", "train --epochs 0", "train --window x", "calibrate --model m", "fly"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "train --epochs 0",
+        "train --window 2 --data none",
+        "base --steps -1 --start none",
+        "calibrate --model m",
+        "fly",
+    ],
+)
 def test_arguments_that_make_no_sense_are_explained(command: str, capsys: Any) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(command.split())

@@ -49,14 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--start", choices=("base", "shipped"), help="from untrained or from the shipped heads (default: with --data)")
     add("--epochs", type=_positive, default=4, help="at most; training stops early when it no longer helps")
     add("--seed", type=int, default=0)
-    add("--window", type=_positive, default=WINDOW, help="tokens that are read at a time (default: %(default)s)")
+    add("--window", type=_window, default=WINDOW, help="tokens that are read at a time (default: %(default)s)")
     add("--windows", type=_positive, default=WINDOWS, help="windows read of a prompt (default: %(default)s)")
     command("weights", _weights, "export what the model repository lacks, from what is shipped")
     add = command("evaluate", _evaluate, "measure the exported classifier on the test rows and write a report")
     add("--data", nargs="+", default=[str(PROMPTS)], help="rows as for train; baselines learn from the training rows")
     add = command("base", _base, "build the small base anew")
     add("--text", type=Path, help="folder of .txt, .md and .jsonl files to distil on, too")
-    add("--steps", type=int, default=1200, help="batches of 1,024 tokens, about 0.7 s each on two cores")
+    add("--steps", type=_count, default=1200, help="batches of 1,024 tokens, about 0.7 s each on two cores")
     add("--seed", type=int, default=0)
     add("--start", type=Path, help="a base to distil further (default: transplant the teacher)")
     add("--to", type=Path, default=Path("weights/base"), help="folder to write (default: %(default)s)")
@@ -165,23 +165,31 @@ def _guarded(options: argparse.Namespace) -> int:
     from training.small import ForeignTeacher
 
     # So that half-built folders are removed.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
         options.command(options)
     except BadRows as error:
-        return _fail(f"{error}\nnothing was trained (problems: {len(error.problems)})", 2)
+        return _fail(f"{error}\nnothing was done (problems: {len(error.problems)})", 2)
     except (BaseError, ForeignBase, ForeignTeacher, ParityError, NoWeights, TooFewGrades, FileNotFoundError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if (found := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return found
+
     return number
+
+
+_count, _positive, _window = _at_least(0), _at_least(1), _at_least(8)
 
 
 def _fail(message: str, status: int) -> int:
@@ -192,6 +200,7 @@ def _fail(message: str, status: int) -> int:
 def _quiet() -> None:
     """Keep the libraries' own progress bars and notices out of ours."""
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    warnings.filterwarnings("ignore", message="Initializing zero-element tensors.*")  # data that grades no model
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -42,8 +42,11 @@ def load_base(setting: str) -> Base:
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         if not (folder / name).exists():
             raise BaseError(f"base {setting!r}: {folder / name} is missing")
-    trunk = AutoModel.from_pretrained(folder, dtype=torch.float32)
-    return Base(setting, trunk, read_tokenizer(folder), digest((folder / "model.safetensors").read_bytes()))
+    try:
+        trunk, tokenizer = AutoModel.from_pretrained(folder, dtype=torch.float32), read_tokenizer(folder)
+    except Exception as error:  # transformers, safetensors and tokenizers each raise what they like for a broken file
+        raise BaseError(f"base {setting!r}: {folder} cannot be loaded: {error}") from error
+    return Base(setting, trunk, tokenizer, digest((folder / "model.safetensors").read_bytes()))
 
 
 def _shipped_or_built() -> Path:

@@ -62,7 +62,7 @@ def category_baselines(train: Part, validation: Part) -> dict[str, Predict]:
     found = {
         "majority class": fitted(_log_length, [DummyClassifier()]),
         "prompt length": fitted(_log_length, [length]),
-        "TF-IDF + linear SVM": fitted(_tfidf(train), [LinearSVC(C=c) for c in (1.0, 0.5, 2.0)]),
+        "TF-IDF + linear SVM": fitted(_tfidf(train), [LinearSVC(C=c, random_state=0) for c in (1.0, 0.5, 2.0)]),
     }
     if train.embeddings is not None:
         models = [make_pipeline(StandardScaler(), LogisticRegression(C=c, tol=1e-3, max_iter=200)) for c in (0.01, 0.1)]
@@ -107,7 +107,7 @@ def routing_baselines(train: Part, validation: Part, weak: str, strong: str) -> 
         scores = [_scores(features, Ridge(a, solver="lsqr").fit(inputs, gain)) for a in (10.0, 1.0, 3.0, 30.0)]
         if all(len(np.unique(right >= 0.5)) == 2 for right in (weak_right, strong_right)):
             for c in (1.0, 0.1):
-                model = LogisticRegression(C=c, solver="liblinear")
+                model = LogisticRegression(C=c, solver="liblinear", random_state=0)
                 scores.append(
                     _differs(
                         features, clone(model).fit(inputs, weak_right >= 0.5), model.fit(inputs, strong_right >= 0.5)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from training.rows import normalised, tenth
+from training.rows import BadRows, normalised, tenth
 
 SUBJECTS = {
     "biology": "college_biology high_school_biology",
@@ -51,9 +51,12 @@ LICENCES = {
 def write_benchmarks(folder: Path, out: Path) -> int:
     """Write the rows of both sets in `folder` to the JSONL file `out`; return how many.
 
-    Raises FileNotFoundError when a set is missing.
+    Raises BadRows when a set is missing or not in that form.
     """
-    rows = list(benchmark_rows(folder))
+    try:
+        rows = list(benchmark_rows(folder))
+    except (OSError, EOFError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise BadRows([f"{folder}: cannot be read as benchmarks: {error!r}"]) from error
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return len(rows)

@@ -32,7 +32,7 @@ def given(folder: Path) -> Iterator[str]:
     """Texts under `folder`: the `text` of each line of its .jsonl files, the paragraphs of its .txt and .md files."""
     for file in sorted(folder.rglob("*")):
         if file.suffix == ".jsonl":
-            yield from (json.loads(line)["text"] for line in file.read_text("utf-8").splitlines() if line.strip())
+            yield from (json.loads(line)["text"] for line in file.read_text("utf-8").split("\n") if line.strip())
         elif file.suffix in (".txt", ".md"):
             yield from paragraphs(file.read_text("utf-8", errors="replace"))
 

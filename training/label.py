@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from training.rows import BadRows
+from training.rows import HALF_PAIR, BadRows
 from training.served import Served
 from training.weights import write_text
 
@@ -36,10 +36,12 @@ def label(weights: Path, prompts: Path, to: Path) -> None:
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a text file (a line each) or of a JSONL file (the field `text`), without repeated ones."""
     try:
-        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
         texts = [json.loads(line)["text"] for line in lines] if path.suffix == ".jsonl" else lines
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise BadRows([f"{path}: cannot be read: {error!r}"]) from error
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise BadRows([f"{path}: holds no prompts, or some that are empty"])
+    if broken := [number for number, text in enumerate(texts, start=1) if HALF_PAIR.search(text)]:
+        raise BadRows([f"{path}: prompt {number} holds half a surrogate pair" for number in broken])
     return list(dict.fromkeys(texts))

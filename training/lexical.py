@@ -22,6 +22,7 @@ PAIRS = 1 << 16  # buckets for pairs of neighbouring word pieces
 MULTIPLIERS = (31_337, 7_919)
 SUPPORT_C = 0.3
 RIDGE = 10.0
+ENERGY_UNIT = 16.0  # keeps the sum over a long text within half precision
 COMPLEXITY_SCALE = 4.0  # a share around a half, as logits: d logit / d p = 4
 
 Floats = NDArray[np.float64]
@@ -80,7 +81,7 @@ class Counts:
         """The module that gives features @ `weights` [V + PAIRS, C]."""
         module = Lexical(*weights.shape)
         module.table.copy_(torch.from_numpy(weights * self.idf[:, None]))
-        module.energy.copy_(torch.from_numpy(self.idf[:, None] ** 2))
+        module.energy.copy_(torch.from_numpy((self.idf[:, None] / ENERGY_UNIT) ** 2))
         return module
 
 
@@ -121,7 +122,7 @@ def fit_lexical(
 
 def _margins(x: sparse.csr_matrix, category: NDArray[np.int64], labels: int) -> Floats:
     """[F, L]; zeros for a category without rows. Two categories give one column, which serves both ways."""
-    model = LinearSVC(C=SUPPORT_C).fit(x, category)
+    model = LinearSVC(C=SUPPORT_C, random_state=0).fit(x, category)
     coefficients = model.coef_ if len(model.classes_) > 2 else np.vstack([-model.coef_, model.coef_])
     found = np.zeros((x.shape[1], labels))
     found[:, model.classes_] = coefficients.T

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from training.lexical import Lexical
+from training.lexical import ENERGY_UNIT, Lexical
 
 # Rank 16 on every linear layer trains 0.75 M of the small base's 26 M weights: room enough for the heads, 3 MB to ship.
 RANK = 16
@@ -101,7 +101,8 @@ class Router(nn.Module):
         belongs = membership(text)
         sums, energy = (belongs @ part for part in self.lexical(input_ids, attention_mask))
         tokens = belongs @ attention_mask.sum(1, keepdim=True).float()
-        return torch.cat([sums / energy.clamp(min=1e-6).sqrt(), torch.log(tokens.clamp(min=1)) - 3], 1)
+        norm = ENERGY_UNIT * energy.clamp(min=1e-6).sqrt()
+        return torch.cat([sums / norm, torch.log(tokens.clamp(min=1)) - 3], 1)
 
     def logits(self, scores: Scores, words: Tensor) -> tuple[Tensor, Tensor]:
         """Calibrated logits of category [B, L] and complexity [B, 1]."""

@@ -19,7 +19,7 @@ SHOWN = 50  # problems that are printed; the rest are counted
 LONGEST = 100_000  # characters of a text
 SIDES = ("a complexity of 0.5 or more", "a complexity below 0.5")
 _WORDS = re.compile(r"\w+")
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def parse(record: Mapping[str, Any], source: str) -> Row | str:
         return f"split must be {', '.join(SPLITS[:2])} or {SPLITS[2]}: {brief(part)}"
     others = {name: record[name] for name in ("template", "kind", "source") if record.get(name) not in (None, "")}
     for name, value in others.items():
-        if not isinstance(value, str | int) or _HALF_PAIR.search(str(value)):
+        if not isinstance(value, str | int) or HALF_PAIR.search(str(value)):
             return f"{name} must be a string: {brief(value)}"
     return Row(
         str(text),
@@ -168,7 +168,7 @@ def _text_problem(text: Any) -> str | None:
         return f"text must be a string that is not empty: {brief(text)}"
     if len(text) > LONGEST:
         return f"text is longer than {LONGEST:,} characters ({len(text):,}): {brief(text)}"
-    if _HALF_PAIR.search(text):
+    if HALF_PAIR.search(text):
         return f"text holds half a surrogate pair: {brief(text)}"
     return None
 
@@ -176,7 +176,7 @@ def _text_problem(text: Any) -> str | None:
 def _label_problem(category: Any, complexity: Any) -> str | None:
     if category is not None and not (isinstance(category, str) and category.strip()):
         return f"category must be a string that is not empty: {brief(category)}"
-    if category is not None and _HALF_PAIR.search(category):
+    if category is not None and HALF_PAIR.search(category):
         return f"category holds half a surrogate pair: {brief(category)}"
     if complexity is not None and not (_is_share(complexity) and not isinstance(complexity, bool)):
         return f"complexity must be a number from 0 to 1: {brief(complexity)}"
@@ -189,7 +189,7 @@ def _grades(found: Any) -> dict[str, float] | str:
         return f"correct must be an object of model names and numbers: {brief(found)}"
     grades = {}
     for model, grade in (found or {}).items():
-        if not isinstance(model, str) or not model.strip() or _HALF_PAIR.search(model):
+        if not isinstance(model, str) or not model.strip() or HALF_PAIR.search(model):
             return f"correct: a model's name must be a string that is not empty: {brief(model)}"
         if grade is not None and not _is_share(grade):
             return f"correct: {brief(model)} must have a number from 0 to 1, or null: {brief(grade)}"

@@ -38,6 +38,9 @@ def build_small(text: Path | None, steps: int, seed: int, out: Path, start: Path
 
     With `start`, a folder written before, distil that further instead. Raises ForeignTeacher.
     """
+    if text and not text.is_dir():
+        raise FileNotFoundError(f"{text}: no such folder")
+    begun = load_small(start) if start else None  # first, because it may not be one
     print("base: collecting text")
     texts = corpus(text, seed) if steps else []
     teacher, tokenizer = _teacher()
@@ -45,7 +48,7 @@ def build_small(text: Path | None, steps: int, seed: int, out: Path, start: Path
     tested = short(tokenizer, held_out[:HELD_OUT_TEXTS])
     torch.manual_seed(seed)
     print(f"base: {f'going on from {start}' if start else 'transplanting'}, then {steps} batches of {len(texts)} texts")
-    student = load_small(start) if start else transplant(teacher, short(tokenizer, own[:CALIBRATION_TEXTS]))
+    student = begun or transplant(teacher, short(tokenizer, own[:CALIBRATION_TEXTS]))
     found = {"at the start": agreement(teacher, student, tested)}
     if steps:
         distil(teacher, student, tokenizer, texts, steps, seed)

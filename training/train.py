@@ -18,7 +18,7 @@ from training.report import table, write_report
 from training.review import as_json, out_of_fold, review, summary
 from training.rows import BadRows, Splits, labels, rows_digest, split
 from training.sources import read
-from training.weights import appearing, read_manifest, write_json, write_manifest
+from training.weights import appearing, read_manifest, sweep, write_json, write_manifest
 
 RUNS = Path("runs")
 
@@ -41,6 +41,7 @@ def train(settings: Settings) -> Path:
     Raises BadRows, BaseError, ForeignBase or ParityError; then nothing in the repository has changed.
     """
     began = time.monotonic()
+    sweep(RUNS)
     splits = split(read(settings.data))
     rows = [*splits.train, *splits.validation, *splits.test]
     names, models = labels(rows), graded_models(splits.train)

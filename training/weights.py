@@ -6,6 +6,7 @@ Nothing here imports torch, so that asking what is missing costs no more than re
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 MODELS = ("embedder", "classifier")
+NEEDED = {"embedder": "dimension", "classifier": "difficulty"}  # keys that manifests of older forms lack
+LEFTOVER = re.compile(r"-(\d+)(-replaced)?$")  # the end of a name that `_beside` made
 
 
 def digest(*chunks: bytes) -> str:
@@ -53,17 +56,17 @@ def write_text(path: Path, content: str) -> None:
 
 def missing(repository: Path) -> list[str]:
     """The models of `repository` that have no complete weights."""
-    return [model for model in MODELS if not _complete(repository / model / "weights")]
+    return [model for model in MODELS if not _complete(repository / model / "weights", NEEDED[model])]
 
 
-def _complete(folder: Path) -> bool:
+def _complete(folder: Path, key: str) -> bool:
     if not all((folder / name).exists() for name in ("model.onnx", "tokenizer.json", "manifest.json")):
         return False
     try:
         manifest = read_manifest(folder)
     except json.JSONDecodeError:
         return False
-    return isinstance(manifest, dict) and manifest.get("fingerprint") == fingerprint(folder)
+    return isinstance(manifest, dict) and key in manifest and manifest.get("fingerprint") == fingerprint(folder)
 
 
 @contextmanager
@@ -73,7 +76,7 @@ def appearing(folder: Path) -> Iterator[Path]:
     A reader sees the old folder, none for an instant, or the new one; never half of one.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
+    sweep(folder.parent, folder.name)
     built, replaced = _beside(folder, str(os.getpid())), _beside(folder, f"{os.getpid()}-replaced")
     built.mkdir()
     try:
@@ -90,9 +93,10 @@ def _beside(folder: Path, suffix: str) -> Path:
     return folder.with_name(f".{folder.name}-{suffix}")
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what killed processes left beside `folder`."""
-    for leftover in folder.parent.glob(f".{folder.name}-*"):
-        pid = leftover.name.removeprefix(f".{folder.name}-").split("-")[0]
-        if pid == str(os.getpid()) or not Path("/proc", pid).exists():
-            shutil.rmtree(leftover)
+def sweep(parent: Path, name: str = "*") -> None:
+    """Remove what killed processes left of folders called `name` in `parent`."""
+    for leftover in parent.glob(f".{name}-*"):
+        if found := LEFTOVER.search(leftover.name):
+            pid = found[1]
+            if leftover.is_dir() and (pid == str(os.getpid()) or not Path("/proc", pid).exists()):
+                shutil.rmtree(leftover)

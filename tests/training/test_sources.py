@@ -65,9 +65,10 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, records: list[dict[str
     assert read([str(tmp_path / "a.csv"), str(tmp_path / "a.parquet")]) == 2 * ROWS
 
 
-def test_a_row_without_source_is_of_the_stem_of_its_file(tmp_path: Path) -> None:
-    (tmp_path / "my.set.jsonl.gz").write_bytes(gzip.compress(b'{"question": "a", "intent": "b"}'))
-    assert read([str(tmp_path)]) == [Row("a", "b", source="my.set")]
+def test_a_row_without_source_is_of_the_stem_of_its_file_or_of_the_folder_given(tmp_path: Path) -> None:
+    (file := tmp_path / "my.set.jsonl.gz").write_bytes(gzip.compress(b'{"question": "a", "intent": "b"}'))
+    assert read([str(file)]) == [Row("a", "b", source="my.set")]
+    assert read([str(tmp_path)]) == [Row("a", "b", source=tmp_path.name)]
 
 
 def test_columns_of_other_names_can_be_named(tmp_path: Path) -> None:

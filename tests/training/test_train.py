@@ -150,8 +150,8 @@ def test_a_kind_of_label_may_be_missing_altogether(lacking: str, folder: Path, t
         ("label --prompts good.jsonl --out none", 1, "no complete weights"),
         ("calibrate --model m --data none.jsonl", 2, "none.jsonl: no such file or folder"),
         ("calibrate --model m --data good.jsonl", 1, "0 answers of m are graded; at least 50 are needed"),
-        ("benchmarks --data empty", 1, "mmlu_pro.jsonl.gz"),
-        ("benchmarks --data broken", 1, "mmlu_pro.jsonl.gz"),
+        ("benchmarks --data empty", 2, "mmlu_pro.jsonl.gz"),
+        ("benchmarks --data broken", 2, "mmlu_pro.jsonl.gz"),
     ],
 )
 def test_what_a_user_can_mend_is_a_message_and_a_status(

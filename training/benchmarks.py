@@ -14,6 +14,7 @@ from typing import Any
 
 from training.rows import BadRows, normalised, tenth
 
+FILES = ("mmlu_pro.jsonl.gz", "routellm_mmlu.jsonl.gz")
 SUBJECTS = {
     "biology": "college_biology high_school_biology",
     "business": "business_ethics management marketing",
@@ -56,7 +57,7 @@ def write_benchmarks(folder: Path, out: Path) -> int:
     try:
         rows = list(benchmark_rows(folder))
     except (OSError, EOFError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise BadRows([f"{folder}: cannot be read as benchmarks: {error!r}"]) from error
+        raise BadRows([f"{folder}: {' or '.join(FILES)} cannot be read: {error!r}"]) from error
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return len(rows)
@@ -65,7 +66,7 @@ def write_benchmarks(folder: Path, out: Path) -> int:
 def benchmark_rows(folder: Path) -> Iterator[dict[str, Any]]:
     """MMLU-Pro's rows, then RouteLLM's; each with the split it must stay in."""
     splits: dict[str, str] = {}
-    for row in _read(folder / "mmlu_pro.jsonl.gz"):
+    for row in _read(folder / FILES[0]):
         question = row["question"]
         splits[normalised(question)] = split = "test" if row["split"] == "test" else _kept(question)
         correct = {model: grade for model, grade in row["correct"].items() if grade is not None}
@@ -76,7 +77,7 @@ def benchmark_rows(folder: Path) -> Iterator[dict[str, Any]]:
             "split": split,
             "source": "MMLU-Pro",
         }
-    for row in _read(folder / "routellm_mmlu.jsonl.gz"):
+    for row in _read(folder / FILES[1]):
         prompt, subject = row["prompt"].removesuffix("\nAnswer:"), row["subject"]
         question = re.split(r"\nA\. ", prompt)[0]
         graded = {WEAK: int(row["weak"]), STRONG: int(row["strong"])} if subject != BROKEN else {}

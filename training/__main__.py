@@ -9,9 +9,9 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from training.corpus import PROMPTS
 from training.weights import MODELS, missing
 
-PROMPTS = Path(__file__).parent / "prompts"
 WINDOW, WINDOWS = 258, 4  # tokens read at a time, two of them marks, and how many times: 1,024 of a prompt
 REPOSITORY = Path("model_repository")
 PACKAGES = ("torch", "transformers", "peft", "onnx", "onnxruntime", "sklearn")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from training.model import Calibration
 from training.objective import Targets
 
+OTHER = "other"  # the category of what fits none
 FAINT = 1e-3  # pull towards no change, which keeps perfect scores finite
 ABILITY_PRIOR = 10.0  # precision of an ability's weights around their prior
 FLOOR, CEILING, STEP = 0.1, 0.6, 0.02  # thresholds that are tried for the abstention
@@ -26,6 +27,14 @@ class Ability:
     def right(self, difficulty: Tensor) -> Tensor:
         """Probabilities [N] for the prompts of `difficulty` [N, K]."""
         return torch.sigmoid(difficulty.double() @ torch.tensor(self.weights, dtype=torch.float64) + self.bias)
+
+
+def read_abilities(manifest: Mapping[str, Any]) -> dict[str, Ability]:
+    """The abilities that the manifest of heads or weights holds."""
+    return {
+        model: Ability(tuple(ability["weights"]), ability["bias"], ability["prompts"])
+        for model, ability in manifest["abilities"].items()
+    }
 
 
 def calibrate(category: Tensor, complexity: Tensor, words: Tensor, wanted: Targets) -> Calibration:

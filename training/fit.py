@@ -14,14 +14,14 @@ from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 from training.base import Base
-from training.calibration import abilities, abstention, calibrate
+from training.calibration import OTHER, abilities, abstention, calibrate
 from training.compute import device, mixed_precision
 from training.heads import Trained, heads_digest, load_heads
 from training.lexical import Lexical, fit_lexical
 from training.model import Calibration, Classifier, Router, Scores, with_lora
 from training.objective import Targets, loss, targets
 from training.rows import Row, Splits, rows_digest
-from training.tokens import batches, pad, windows
+from training.tokens import batches, encode, pad, windows
 from training.weights import digest, read_manifest
 
 RATE = 1e-3
@@ -33,7 +33,6 @@ WARM_UP = 20  # batches
 PATIENCE = 2  # epochs without a better validation loss before training stops
 DIRECTIONS = 6  # of difficulty that the words give
 CHECKPOINT = 100  # batches between two
-OTHER = "other"  # the category of what fits none
 
 History = list[dict[str, float]]
 
@@ -75,7 +74,7 @@ def fit(base: Base, splits: Splits, plan: Plan, checkpoint: Path) -> tuple[Train
     torch.manual_seed(plan.seed)
     wanted = targets(splits.train, plan.labels, plan.models)
     texts = [row.text for row in splits.train]
-    ids = windows(base.tokenizer, texts, min(plan.window, READ), 1).ids
+    ids = encode(base.tokenizer, texts, min(plan.window, READ))
     print("words: fitting")
     vocabulary = base.trunk.config.vocab_size
     lexical = fit_lexical(ids, wanted, len(plan.labels), DIRECTIONS, vocabulary)
@@ -191,7 +190,7 @@ def _validate(classifier: nn.Module, tokenizer: Tokenizer, rows: Sequence[Row], 
     """Loss and category accuracy on the first windows of `rows`."""
     classifier.eval()
     wanted = targets(rows, plan.labels, plan.models)
-    ids = windows(tokenizer, [row.text for row in rows], plan.window, 1).ids
+    ids = encode(tokenizer, [row.text for row in rows], plan.window)
     order = list(batches([len(row) for row in ids], SCORED))
     found = [_forward(classifier, [ids[i] for i in batch]) for batch in order]
     category, complexity, right = (

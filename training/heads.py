@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from training.base import Base
-from training.calibration import Ability
+from training.calibration import OTHER, Ability, read_abilities
 from training.lexical import Lexical
 from training.model import Calibration, Classifier, Router
 from training.weights import appearing, digest, read_manifest, write_manifest
@@ -40,7 +40,7 @@ class Trained:
         """All but the weights, as JSON."""
         return {
             "labels": list(self.labels),
-            "abstention": {"label": "other", "below": self.abstention} if self.abstention else None,
+            "abstention": {"label": OTHER, "below": self.abstention} if self.abstention else None,
             "difficulty": self.router.dimensions,
             "abilities": {model: asdict(ability) for model, ability in self.abilities.items()},
             "calibration": asdict(self.router.calibration),
@@ -68,7 +68,7 @@ def load_heads(folder: Path, base: Base) -> Trained:
     if found["base_digest"] != base.digest:
         raise ForeignBase(f"{folder} was trained on base {found['base']}, not on this {base.name}")
     state = load_file(folder / HEADS)
-    lexical = Lexical(state["lexical.table"].shape[0], state["lexical.table"].shape[1])
+    lexical = Lexical(*state["lexical.table"].shape)
     classifier = Classifier(
         PeftModel.from_pretrained(base.trunk, folder / ADAPTER, is_trainable=True),
         base.trunk.config.hidden_size,
@@ -89,13 +89,6 @@ def load_heads(folder: Path, base: Base) -> Trained:
         found["max_tokens"] // found["window"],
         {key: value for key, value in found.items() if key not in known},
     )
-
-
-def read_abilities(manifest: Mapping[str, Any]) -> dict[str, Ability]:
-    return {
-        model: Ability(tuple(ability["weights"]), ability["bias"], ability["prompts"])
-        for model, ability in manifest["abilities"].items()
-    }
 
 
 def heads_digest(folder: Path) -> str:

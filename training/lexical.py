@@ -1,8 +1,8 @@
 """What words alone say: a linear model over word pieces and hashed pairs of them, as a lookup table in the graph.
 
-A fine-tuned encoder and a bag of words err on different prompts; together they beat either (docs/training.md has the
-figures). The table holds, for each n-gram, its contribution to every output, fitted in closed or convex form on the
-training rows; the graph sums the contributions and divides by the norm, which makes it TF-IDF with a linear model.
+A fine-tuned encoder and a bag of words err on different prompts; how much the words count is fitted on validation rows
+(`training.calibration`). The table holds, for each n-gram, its contribution to every output, fitted in closed or convex
+form on the training rows; the graph sums the contributions and divides by the norm, which makes it TF-IDF with a linear model.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from sklearn.linear_model import Ridge
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
+from training.apgr import Floats
 from training.objective import Targets
 
 PAIRS = 1 << 16  # buckets for pairs of neighbouring word pieces
@@ -24,8 +25,6 @@ SUPPORT_C = 0.3
 RIDGE = 10.0
 ENERGY_UNIT = 16.0  # keeps the sum over a long text within half precision
 COMPLEXITY_SCALE = 4.0  # a share around a half, as logits: d logit / d p = 4
-
-Floats = NDArray[np.float64]
 
 
 class Lexical(nn.Module):
@@ -68,7 +67,7 @@ class Counts:
     def of(cls, ids: Sequence[Sequence[int]], vocabulary: int) -> "Counts":
         """Fit on token ids with their special tokens."""
         seen = np.asarray((_counts(ids, vocabulary) > 0).sum(0), dtype=np.float64)[0]
-        seen[_special(ids)] = 0  # in every text: they say nothing
+        seen[[ids[0][0], ids[0][-1]]] = 0  # the special tokens are in every text: they say nothing
         return cls(np.where(seen > 0, np.log((1 + len(ids)) / (1 + seen)) + 1, 0), vocabulary)
 
     def features(self, ids: Sequence[Sequence[int]]) -> sparse.csr_matrix:
@@ -83,10 +82,6 @@ class Counts:
         module.table.copy_(torch.from_numpy(weights * self.idf[:, None]))
         module.energy.copy_(torch.from_numpy((self.idf[:, None] / ENERGY_UNIT) ** 2))
         return module
-
-
-def _special(ids: Sequence[Sequence[int]]) -> list[int]:
-    return sorted({text[0] for text in ids} & {ids[0][0]}) + sorted({text[-1] for text in ids} & {ids[0][-1]})
 
 
 def _counts(ids: Sequence[Sequence[int]], vocabulary: int) -> sparse.csr_matrix:

@@ -23,9 +23,6 @@ class Scores:
     complexity: Tensor  # [B, 1]
     difficulty: Tensor  # [B, K]
 
-    def at(self, rows: slice | Tensor) -> "Scores":
-        return Scores(self.category[rows], self.complexity[rows], self.difficulty[rows])
-
 
 class Classifier(nn.Module):
     """Trunk [W, T] -> [W, T, H], mean over all tokens of each text, brought to one scale, then a linear head per label.

@@ -8,8 +8,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from training.calibration import Ability, ability
-from training.heads import read_abilities
+from training.calibration import Ability, ability, read_abilities
 from training.served import Served
 from training.sources import read
 from training.weights import write_manifest

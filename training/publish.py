@@ -8,13 +8,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from training.base import Base
 from training.compute import device
 from training.export import PRECISIONS, convert, export, milliseconds
 from training.heads import Trained
-from training.measures import Export
+from training.measures import Export, auc
 from training.model import Router, merged
 from training.rows import Row
 from training.served import Readings, Served
@@ -83,8 +82,7 @@ def complexity_auc(rows: Sequence[Row], found: Readings) -> float | None:
     known = [
         (row.complexity >= 0.5, p) for row, p in zip(rows, found.complexity, strict=True) if row.complexity is not None
     ]
-    true, score = zip(*known, strict=True) if known else ((), ())
-    return float(roc_auc_score(true, score)) if len(set(true)) == 2 else None
+    return auc(*map(np.array, zip(*known, strict=True))) if known else None
 
 
 def sample(rows: Sequence[T], most: int) -> list[T]:

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from training.calibration import Ability
+from training.apgr import Floats
+from training.calibration import read_abilities
 from training.export import named
 from training.tokens import batches, read_tokenizer, windows
 from training.weights import read_manifest
 
-Floats = NDArray[np.float64]
 BATCH_TOKENS = 4096
 
 
@@ -67,9 +67,7 @@ class Served:
 
     def right(self, model: str, difficulty: Floats) -> Floats:
         """P(`model` is right) for prompts of `difficulty` [N, K]: [N]."""
-        found = self.manifest["abilities"][model]
-        ability = Ability(tuple(found["weights"]), found["bias"], found["prompts"])
-        return ability.right(torch.from_numpy(difficulty)).numpy()
+        return read_abilities(self.manifest)[model].right(torch.from_numpy(difficulty)).numpy()
 
 
 def _providers() -> list[str]:

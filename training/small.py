@@ -66,7 +66,7 @@ def build_small(text: Path | None, steps: int, seed: int, out: Path, start: Path
         "started_from": read_manifest(start) if start else None,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    ship(student, out, manifest)
+    write_manifest(out, {**(read_manifest(out) or {}), **manifest})
     return manifest
 
 

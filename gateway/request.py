@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ FORM_FIELDS = frozenset({"stream", "stream_options"})
 # Above this, a client asks for variety: replaying one answer would not be what it wants.
 MAX_CACHED_TEMPERATURE = 1.0
 BYTES_PER_TOKEN = 4
+# What a part of an earlier turn may be; a picture or a file behind an address may be another one tomorrow.
+TEXT_PARTS = frozenset({"text", "refusal", "thinking", "redacted_thinking", "tool_use"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,17 @@ class ChatRequest:
     include_usage: bool  # the client wants the usage chunk at the end of a stream
     question: str  # text of the last user turn, "" when there is none
     prompt_tokens: int  # of all messages, estimated at 4 UTF-8 bytes a token: known without a model
+    beside: list[Any]  # everything of the body that can change the answer other than the wording of the question
     uncacheable: str | None  # why its answer is neither replayed nor stored
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a body asks, read as a chat whatever its form is."""
+
+    messages: list[Body]  # as those of a chat completion: read here, never sent
+    beside: list[Any]  # see `ChatRequest`
+    uncacheable: str | None = None  # what stands in the way in this form only
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +56,31 @@ class CacheControl:
     store: bool = True
 
 
-def parse(raw: bytes) -> ChatRequest:
-    """Read the body of a chat completion; raises `BadRequest` naming the field."""
-    body = _decode(raw)
-    model = _typed(body, "model", str, "a string", required=True)
+def chat_view(body: Body) -> View:
+    """The view of a chat completion. Raises `BadRequest`."""
+    messages = checked_messages(body)
+    return View(messages, beside(body, "messages", messages))
+
+
+def parse(raw: bytes, view: Callable[[Body], View] = chat_view) -> ChatRequest:
+    """Read a body that `view` understands; raises `BadRequest` naming the field."""
+    body = decode(raw)
+    model = typed(body, "model", str, "a string", required=True)
     if not model:
         raise BadRequest("model must not be empty", param="model")
-    messages = _messages(body)
-    stream_options = _typed(body, "stream_options", dict, "an object") or {}
+    viewed = view(body)
+    messages = viewed.messages
+    stream_options = typed(body, "stream_options", dict, "an object") or {}
     last_user = next((message for message in reversed(messages) if message["role"] == "user"), None)
     return ChatRequest(
         body=body,
         model=model,
-        stream=_typed(body, "stream", bool, "a boolean") or False,
-        include_usage=_typed(stream_options, "include_usage", bool, "a boolean", "stream_options.") or False,
+        stream=typed(body, "stream", bool, "a boolean") or False,
+        include_usage=typed(stream_options, "include_usage", bool, "a boolean", "stream_options.") or False,
         question=_text(last_user).strip() if last_user else "",
         prompt_tokens=sum(len(_text(message).encode()) for message in messages) // BYTES_PER_TOKEN,
-        uncacheable=_uncacheable(body, messages),
+        beside=viewed.beside,
+        uncacheable=viewed.uncacheable or _uncacheable(body, messages),
     )
 
 
@@ -78,10 +98,15 @@ def tenant(headers: Mapping[str, str]) -> str:
 
 def scope_key(request: ChatRequest, tenant: str) -> str:
     """Digest of everything that can change the answer other than the wording of the last user turn."""
-    *earlier, last = request.body["messages"]
+    return hashlib.sha256(orjson.dumps([tenant, *request.beside], option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def beside(body: Body, asked: str, turns: list[Body]) -> list[Any]:
+    """All of a body but the wording of the last of its `turns`, which stand under the key `asked`."""
+    *earlier, last = turns
     around = {**last, "content": _without_text(last.get("content"))}
-    fields = {key: value for key, value in request.body.items() if key not in FORM_FIELDS and key != "messages"}
-    return hashlib.sha256(orjson.dumps([tenant, fields, earlier, around], option=orjson.OPT_SORT_KEYS)).hexdigest()
+    fields = {key: value for key, value in body.items() if key not in FORM_FIELDS and key != asked}
+    return [fields, earlier, around]
 
 
 def _without_text(content: object) -> object:
@@ -101,7 +126,10 @@ def upstream_body(request: ChatRequest, model: str, *, want_usage: bool) -> byte
     """What vLLM gets: the client's fields with the model's name; `want_usage` also asks for a stream's usage chunk."""
     body = {**request.body, "model": model}
     if want_usage and request.stream:
-        body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
+        options = body.get("stream_options") or {}
+        if not request.include_usage:  # which else would begin to count
+            options = {key: value for key, value in options.items() if key != "continuous_usage_stats"}
+        body["stream_options"] = {**options, "include_usage": True}
     return orjson.dumps(body)
 
 
@@ -115,7 +143,7 @@ def _as_passed_on(digits: str) -> int:
     return number
 
 
-def _decode(raw: bytes) -> Body:
+def decode(raw: bytes) -> Body:
     try:
         body = orjson.loads(raw)
         orjson.dumps([body])  # refuses what could not be passed on: deeper nesting than orjson writes
@@ -130,7 +158,7 @@ def _decode(raw: bytes) -> Body:
     return body
 
 
-def _typed(body: Body, key: str, kind: type, words: str, prefix: str = "", *, required: bool = False) -> Any:
+def typed(body: Body, key: str, kind: type, words: str, prefix: str = "", *, required: bool = False) -> Any:
     value = body.get(key)
     if value is None and not required:
         return None
@@ -139,8 +167,9 @@ def _typed(body: Body, key: str, kind: type, words: str, prefix: str = "", *, re
     return value
 
 
-def _messages(body: Body) -> list[Body]:
-    messages: list[Body] = _typed(body, "messages", list, "an array", required=True)
+def checked_messages(body: Body) -> list[Body]:
+    """The messages of a chat, each with a role and content that can be read. Raises `BadRequest`."""
+    messages: list[Body] = typed(body, "messages", list, "an array", required=True)
     if not messages:
         raise BadRequest("messages must not be empty", param="messages")
     for i, message in enumerate(messages):
@@ -165,6 +194,11 @@ def _check_message(message: object, path: str) -> None:
             raise BadRequest(f"{path}.content[{i}].text is not a string", param=f"{path}.content[{i}].text")
 
 
+def _parts(message: Body) -> list[Body]:
+    content = message.get("content")
+    return content if isinstance(content, list) else []
+
+
 def _text(message: Body) -> str:
     content = message.get("content")
     if isinstance(content, list):
@@ -185,6 +219,8 @@ def _uncacheable(body: Body, messages: list[Body]) -> str | None:
         return "the last message is not text alone"
     if not _text(last).strip():
         return "the last message is empty"
+    if any(part["type"] not in TEXT_PARTS for message in messages for part in _parts(message)):
+        return "an earlier message is not text alone"
     n, temperature = body.get("n"), body.get("temperature")
     if n not in (None, 1):
         return "n is not 1"

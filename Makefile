@@ -7,7 +7,7 @@ PY := .venv/bin/python
 PIP_INSTALL := -m pip install --disable-pip-version-check
 PINNED := --constraint deploy/local/constraints.txt
 
-.PHONY: help serve test check train evaluate calibrate label base benchmarks weights triton milvus vllm clean
+.PHONY: help serve test check bench train evaluate calibrate label base benchmarks weights triton milvus vllm clean
 
 help:
 	@echo 'make serve  [CONFIG=config/config.yaml]   start Triton, Milvus, vLLM (as configured) and the gateway'
@@ -20,6 +20,7 @@ help:
 	@echo 'make base   [TEXT=folder] [ARGS="--steps 2400"]   build the small base anew into weights/base'
 	@echo 'make test   [ARGS="tests/gateway -k name"]   run the tests, against real servers'
 	@echo 'make check  lint, types, compose file'
+	@echo 'make bench  [ARGS="--quick"]   measure the gateway beside LiteLLM, into bench/results (under 20 minutes; quick: 3)'
 
 serve: .venv/done
 	@parts=$$($(PY) -m deploy.local.stack parts --config $(CONFIG)) && $(MAKE) --no-print-directory weights $$parts
@@ -58,6 +59,10 @@ check: .venv/done .venv/tests
 	$(PY) -m mypy
 	$(PY) -m check_jsonschema --builtin-schema vendor.compose-spec docker-compose.yml deploy/docker/gpu.yml
 
+# The gateway beside LiteLLM and the stub alone: docs/benchmarks.md.
+bench: .venv/done .venv-bench/done triton
+	@$(PY) -m bench $(ARGS)
+
 # What `serve` starts on this machine, each with what it needs: nothing here is installed unless the configuration asks.
 triton: .venv-triton/done weights
 
@@ -92,5 +97,12 @@ vllm: .venv-vllm/done
 	@.venv-vllm/bin/python $<
 	@touch $@
 
+.venv-bench/done: bench/requirements.txt bench/install_wrk
+	@echo 'installing LiteLLM, wrk and py-spy into .venv-bench (about 2 minutes the first time)'
+	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	@.venv-bench/bin/python $(PIP_INSTALL) --requirement $<
+	@bench/install_wrk .venv-bench
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-triton .venv-vllm weights runs model_repository/*/weights
+	rm -rf .venv .venv-triton .venv-vllm .venv-bench weights runs model_repository/*/weights

@@ -1,10 +1,14 @@
 """A complete answer, however it came (JSON or a stream) and however it is replayed; no I/O.
 
 Only answers that are whole are made into an `Answer`: one choice, ended by the model itself, text and no tool calls.
+Here is what all forms of the API share, and chat completions; the other forms are in `gateway.dialects`.
 """
 
 from __future__ import annotations
 
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +17,28 @@ import orjson
 from gateway import sse
 
 MAX_ANSWER_CHARACTERS = 1024 * 1024  # a longer answer is passed on, not kept
+MAX_STREAM_BYTES = 16 * MAX_ANSWER_CHARACTERS  # a chunk's envelope outweighs its text
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     model: str  # as vLLM names it
-    message: dict[str, Any]  # role, content and whatever text fields came with them (reasoning, say)
-    finish_reason: str
+    message: dict[str, Any]  # role, content and text beside it (reasoning, say), or as its form needs it
+    finish_reason: str  # as its form calls the end that the model itself chose
     usage: dict[str, Any] | None
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """As vLLM counted them, whatever the form calls them."""
+        return self._counted("prompt_tokens", "input_tokens")
+
+    @property
+    def completion_tokens(self) -> int | None:
+        return self._counted("completion_tokens", "output_tokens")
+
+    def _counted(self, *names: str) -> int | None:
+        counts = [(self.usage or {}).get(name) for name in names]
+        return next((count for count in counts if isinstance(count, int)), None)
 
 
 def from_completion(raw: bytes) -> Answer | None:
@@ -31,76 +49,112 @@ def from_completion(raw: bytes) -> Answer | None:
         return None
     match body:
         case {"model": str(model), "choices": [{"message": dict(message), "finish_reason": "stop"}]}:
-            return _whole(model, _telling(message), body.get("usage"))
+            return whole(model, telling(message), body.get("usage"))
     return None
 
 
-def _telling(fields: dict[str, Any]) -> dict[str, Any]:
+_ID = re.compile(rb'"id"\s*:\s*"([\w.:-]{1,200})"')
+
+
+def response_id(payload: bytes) -> str | None:
+    """The id in a body or in the first event of a stream: the first field of that name, in every form."""
+    found = _ID.search(payload, 0, 4096)
+    return found[1].decode() if found else None
+
+
+def telling(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a message or a delta that say something."""
     return {key: value for key, value in fields.items() if value not in (None, [], "")}
 
 
-def _whole(model: str, message: dict[str, Any], usage: object) -> Answer | None:
+def whole(model: str, message: dict[str, Any], usage: object, finish_reason: str = "stop") -> Answer | None:
+    """The answer when its message is text that may be kept."""
     if not message.get("content") or not all(isinstance(value, str) for value in message.values()):
         return None
     if sum(map(len, message.values())) > MAX_ANSWER_CHARACTERS:
         return None
-    return Answer(model, {"role": "assistant", **message}, "stop", _figures(usage))
+    return Answer(model, {"role": "assistant", **message}, finish_reason, figures(usage))
 
 
-def _figures(usage: object) -> dict[str, Any] | None:
-    """Usage as vLLM tells it: an object of numbers, or of objects of numbers; None when it is not."""
-    if not isinstance(usage, dict):
-        return None
-    parts = [value for value in usage.values() if isinstance(value, dict)]
-    figures = [value for value in usage.values() if not isinstance(value, dict)]
-    figures += [value for part in parts for value in part.values()]
-    return usage if all(isinstance(value, int | float | None) for value in figures) else None
+def figures(usage: object) -> dict[str, Any] | None:
+    """Usage as vLLM tells it: an object of numbers, and of objects and arrays of them; None when it is not."""
+    return usage if isinstance(usage, dict) and _are_figures(usage, 3) else None
 
 
-class Assembly:
+def _are_figures(value: object, depth: int) -> bool:
+    if not isinstance(value, dict | list):
+        return isinstance(value, int | float | None)
+    parts = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(_are_figures(part, depth - 1) for part in parts)
+
+
+class Assembly(ABC):
     """Puts an answer together from the events of a stream."""
 
     def __init__(self) -> None:
-        self._model: object = None
-        self._message: dict[str, list[str]] = {}
-        self._finish_reason: object = None
-        self._usage: object = None
-        self._size = 0
         self.done = False  # the end was seen
+        self._size = 0
         self._spoilt = False
 
     def add(self, payload: bytes) -> None:
         """Take the payload of one event."""
         self._size += len(payload)
-        self._spoilt = self._spoilt or self._size > 16 * MAX_ANSWER_CHARACTERS  # a chunk's envelope outweighs its text
+        self._spoilt = self._spoilt or self._size > MAX_STREAM_BYTES
         if payload == b"[DONE]":
             self.done = True
         elif payload and not self._spoilt:
-            self._spoilt = not self._fold(payload)
+            self._spoilt = not self._read(payload)
 
     def answer(self) -> Answer | None:
         """The answer; None when the stream was not whole."""
-        if self._spoilt or not self.done or self._finish_reason != "stop" or not isinstance(self._model, str):
-            return None
-        return _whole(self._model, {key: "".join(pieces) for key, pieces in self._message.items()}, self._usage)
+        return self._whole() if self.done and not self._spoilt else None
 
-    def _fold(self, payload: bytes) -> bool:
-        """Add a chunk; False when the answer is not one that can be put together."""
+    def _read(self, payload: bytes) -> bool:
         try:
-            chunk = orjson.loads(payload)
+            event = orjson.loads(payload)
         except orjson.JSONDecodeError:
             return False
-        if not isinstance(chunk, dict) or not isinstance(chunk.get("choices"), list):
+        return isinstance(event, dict) and self._fold(event)
+
+    @abstractmethod
+    def _fold(self, event: dict[str, Any]) -> bool:
+        """Add an event; False when the answer is not one that can be put together."""
+
+    @abstractmethod
+    def _whole(self) -> Answer | None:
+        """The answer that the events make."""
+
+
+class ChunkAssembly(Assembly):
+    """Of chunks with choices: `delta` is what a choice adds to the message."""
+
+    def __init__(self, delta: Callable[[dict[str, Any]], Any] = lambda choice: choice.get("delta")) -> None:
+        super().__init__()
+        self._delta = delta
+        self._model: object = None
+        self._message: dict[str, list[str]] = {}
+        self._finish_reason: object = None
+        self._usage: object = None
+
+    def _whole(self) -> Answer | None:
+        if self._finish_reason != "stop" or not isinstance(self._model, str):
+            return None
+        return whole(self._model, {key: "".join(pieces) for key, pieces in self._message.items()}, self._usage)
+
+    def _fold(self, chunk: dict[str, Any]) -> bool:
+        if not isinstance(chunk.get("choices"), list):
             return False
         self._model = chunk.get("model", self._model)
         self._usage = chunk.get("usage") or self._usage
         return all(self._fold_choice(choice) for choice in chunk["choices"])
 
     def _fold_choice(self, choice: Any) -> bool:
-        if not isinstance(choice, dict) or choice.get("index", 0) != 0 or not isinstance(choice.get("delta"), dict):
+        if not isinstance(choice, dict) or choice.get("index", 0) != 0:
             return False
-        pieces = _telling(choice["delta"])
+        delta = self._delta(choice)
+        if not isinstance(delta, dict):
+            return False
+        pieces = telling(delta)
         if not all(isinstance(value, str) for value in pieces.values()) or (pieces and self._finish_reason):
             return False
         self._finish_reason = choice.get("finish_reason") or self._finish_reason
@@ -132,7 +186,7 @@ def completion(answer: Answer, new: Identity) -> bytes:
     return orjson.dumps({**envelope, "choices": [choice], "usage": answer.usage})
 
 
-def events(answer: Answer, new: Identity, *, include_usage: bool) -> bytes:
+def events(answer: Answer, new: Identity, include_usage: bool) -> bytes:
     """The answer as a stream: a chunk with the role, one with the text, one with the end, then usage if wanted."""
     text = {key: value for key, value in answer.message.items() if key != "role"}
     deltas = [({"role": "assistant", "content": ""}, None), (text, None), ({}, answer.finish_reason)]

@@ -7,8 +7,9 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,14 +19,21 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway import limits
+from gateway.admission import Admitted
 from gateway.cache import Cache, CacheUnavailable
-from gateway.cache.memory import MemoryCache
 from gateway.cache.milvus import MilvusCache
 from gateway.chat import Call, Chat, check_model
-from gateway.config import AUTO, Config, Model
+from gateway.config import Config, Listen, Model
 from gateway.contract import Contract
-from gateway.errors import ApiError, BodyTooLarge, openai_form
+from gateway.dialects import CHAT, FORMS, MESSAGES, Form
+from gateway.embeddings import classification_list, embedding_list, parse_classify, parse_embeddings, tokens
+from gateway.errors import ApiError, BodyTooLarge, PartUnavailable, UnknownAnswer, anthropic_form, openai_form
+from gateway.feedback import Feedback
+from gateway.feedback import parse as parse_feedback
+from gateway.lasting import Lasting
 from gateway.metrics import CONTENT_TYPE, Metrics
+from gateway.openapi import DOCUMENT
 from gateway.request import is_request_id, parse, parse_cache_control, scope_key, tenant
 from gateway.triton import Router, TritonUnavailable
 from gateway.upstream import Upstream
@@ -33,24 +41,31 @@ from gateway.upstream import Upstream
 log = logging.getLogger("fingerpost")
 
 
-def create_app(config: Config, contract: Contract) -> Starlette:
+def create_app(config: Config, contract: Contract, lasting: Lasting) -> Starlette:
     """The gateway for a configuration that was checked against the contract (`gateway.config.check_against`)."""
-    metrics = Metrics()
+    metrics = lasting.metrics
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
         async with contextlib.AsyncExitStack() as stack:
-            upstream = Upstream(config.upstream, metrics)
+            upstream = Upstream(config.models, config.upstream, metrics)
             stack.push_async_callback(upstream.close)
+            await stack.enter_async_context(upstream.watching())
             router = Router(config.triton, contract)
             stack.push_async_callback(router.close)
-            cache = open_cache(config, contract, metrics)
+            cache = open_cache(config, contract, lasting)
             if cache is not None:
                 stack.push_async_callback(cache.close)
+            dials = await lasting.dials(config, contract)
+            verdicts = Feedback(config.feedback, config.data_dir, cache, metrics, lasting.ledger)
             yield {
+                "lasting": lasting,
                 "config": config,
+                "contract": contract,
                 "metrics": metrics,
-                "chat": Chat(config, router, cache, upstream, metrics),
+                "chat": Chat(config, router, cache, upstream, dials, verdicts, metrics),
+                "feedback": verdicts,
+                "dials": dials,
                 "router": router,
                 "cache": cache,
                 "upstream": upstream,
@@ -59,15 +74,28 @@ def create_app(config: Config, contract: Contract) -> Starlette:
 
     return Starlette(
         routes=[
-            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            *(Route(path, answer, methods=["POST"]) for path in FORMS),
             Route("/v1/route", route, methods=["POST"]),
+            Route("/v1/embeddings", embed, methods=["POST"]),
+            Route("/v1/classify", classify, methods=["POST"]),
+            Route("/v1/feedback", feedback, methods=["POST"]),
             Route("/v1/models", models, methods=["GET"]),
             Route("/v1/models/{name:path}", one_model, methods=["GET"]),
+            Route("/openapi.json", openapi, methods=["GET"]),
             Route("/health", health, methods=["GET"]),
             Route("/ready", ready, methods=["GET"]),
             Route("/metrics", exposition, methods=["GET"]),
         ],
-        middleware=[Middleware(Counted, metrics=metrics)],
+        middleware=[
+            Middleware(Counted, metrics=metrics),
+            Middleware(
+                Admitted,
+                tenants=lasting.tenants(config.tenants),
+                listen=config.listen,
+                metrics=metrics,
+                refuse=api_error,
+            ),
+        ],
         exception_handlers={
             ApiError: api_error,
             HTTPException: http_error,
@@ -78,39 +106,44 @@ def create_app(config: Config, contract: Contract) -> Starlette:
     )
 
 
-def open_cache(config: Config, contract: Contract, metrics: Metrics) -> Cache | None:
+def open_cache(config: Config, contract: Contract, lasting: Lasting) -> Cache | None:
     """The configured backend; None when the cache is not enabled."""
     settings = config.semantic_cache
     if not settings.enabled:
         return None
     if settings.backend_type == "memory":
-        return MemoryCache(settings.max_entries, settings.eviction_policy, contract.dimension)
+        return lasting.memory_cache(config, contract)
     return MilvusCache(
         config.milvus,
         namespace=contract.embedder,
         dimension=contract.dimension,
         ttl_seconds=settings.ttl_seconds,
         eviction_policy=settings.eviction_policy,
-        metrics=metrics,
+        metrics=lasting.metrics,
     )
 
 
-async def chat_completions(request: Request) -> Response:
-    call = await _call(request)
+async def answer(request: Request) -> Response:
+    """An answer in the form that the path stands for."""
+    call = await _call(request, FORMS[request.url.path])
+    call.admission.reserve(call.request.prompt_tokens)
     return await unless_gone(request, request.state.chat.answer(call))
 
 
 async def route(request: Request) -> Response:
     """What `/v1/chat/completions` would do with this body, without asking an LLM."""
-    call = await _call(request)
-    found = await request.state.chat.route(call.request)
+    call = await _call(request, CHAT)
+    found = await request.state.chat.route(call.request, call.admission.tenant, call.form)
     reading = found.reading
     return JSONResponse(
         {
             "model": found.model.name,
             "endpoint": request.state.upstream.next_endpoint(found.model),
+            "endpoints": [asdict(figures) for figures in request.state.upstream.figures(found.model)],
+            "fallback": found.model.fallback,
             "rule": found.rule,
             "reason": found.reason,
+            "overrides": found.overrides.changes,
             "category": reading.category if reading else None,
             "category_scores": reading.category_scores if reading else None,
             "complexity": reading.complexity if reading else None,
@@ -120,6 +153,62 @@ async def route(request: Request) -> Response:
         },
         headers={"x-request-id": call.id},
     )
+
+
+async def embed(request: Request) -> Response:
+    """The embeddings of texts, by the embedder that the cache uses."""
+    state = request.state
+    wanted = parse_embeddings(
+        await _body(request, state.config.listen),
+        dimension=state.contract.dimension,
+        most=state.config.batch.max_inputs,
+    )
+    found = await _read(request, state.router.embed, wanted.texts)
+    return Response(embedding_list(wanted, found), media_type="application/json", headers=_named(request))
+
+
+async def classify(request: Request) -> Response:
+    """What the classifier reads in texts."""
+    state = request.state
+    texts = parse_classify(await _body(request, state.config.listen), most=state.config.batch.max_inputs)
+    readings = await _read(request, state.router.read_all, texts)
+    return JSONResponse(classification_list(readings), headers=_named(request))
+
+
+async def feedback(request: Request) -> Response:
+    """A verdict on an answer that went out; a bad one leaves the cache."""
+    state, who = request.state, _who(request)
+    verdict = parse_feedback(await _body(request, state.config.listen))
+    try:
+        taken = await state.feedback.take(who, verdict)
+    except UnknownAnswer:
+        if state.lasting.siblings is None:
+            raise
+        taken = await state.lasting.siblings.take(who, verdict)
+    return JSONResponse(taken, headers=_named(request))
+
+
+async def openapi(request: Request) -> Response:
+    return JSONResponse(DOCUMENT)
+
+
+T = TypeVar("T")
+
+
+async def _read(request: Request, read: Callable[[Sequence[str]], Awaitable[T]], texts: Sequence[str]) -> T:
+    """What Triton makes of the texts. Raises `PartUnavailable`."""
+    request.state.admission.reserve(tokens(texts))
+    try:
+        found = await read(texts)
+    except TritonUnavailable as error:
+        log.warning("%s: %s", request.state.request_id, error)
+        raise PartUnavailable("the models that read texts do not answer") from error
+    request.state.metrics.texts.labels(request.scope["route"].path).inc(len(texts))
+    return found
+
+
+def _named(request: Request) -> dict[str, str]:
+    return {"x-request-id": request.state.request_id}
 
 
 async def unless_gone(request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
@@ -145,15 +234,17 @@ async def _gone(request: Request) -> None:
 
 async def models(request: Request) -> Response:
     config, created = request.state.config, request.state.created
-    described = [_alias(created), *(_described(model, created) for model in config.models)]
-    return JSONResponse({"object": "list", "data": described})
+    described = [_alias(alias, created) for alias in config.aliases]
+    described += [_described(model, created) for model in config.models]
+    allowed = [model for model in described if request.state.admission.allows(model["id"])]
+    return JSONResponse({"object": "list", "data": allowed})
 
 
 async def one_model(request: Request) -> Response:
     name, created = request.path_params["name"], request.state.created
-    check_model(request.state.config, name)
+    check_model(request.state.config, name, request.state.admission)
     model = request.state.config.model(name)
-    return JSONResponse(_described(model, created) if model else _alias(created))
+    return JSONResponse(_described(model, created) if model else _alias(name, created))
 
 
 async def health(request: Request) -> Response:
@@ -163,6 +254,8 @@ async def health(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """Ready: Triton, the cache and at least one endpoint of every model answer; otherwise 503 and what does not."""
+    if request.state.lasting.draining:
+        return JSONResponse({"status": "draining", "not_ready": {"gateway": "is about to end"}}, status_code=503)
     missing = {name: reason async for name, reason in _not_ready(request)}
     return JSONResponse(
         {"status": "not ready" if missing else "ready", "not_ready": missing}, status_code=503 if missing else 200
@@ -170,6 +263,8 @@ async def ready(request: Request) -> Response:
 
 
 async def exposition(request: Request) -> Response:
+    request.state.upstream.publish()
+    request.state.dials.publish()
     return Response(request.state.metrics.exposition(), media_type=CONTENT_TYPE)
 
 
@@ -186,21 +281,29 @@ async def _not_ready(request: Request) -> AsyncIterator[tuple[str, str]]:
             yield "cache", str(error)
     for model in state.config.models:
         if not await state.upstream.check(model):
-            yield model.name, f"no healthy endpoint among {', '.join(model.endpoints)}"
+            yield model.name, f"no healthy endpoint among {', '.join(endpoint.url for endpoint in model.endpoints)}"
 
 
-async def _call(request: Request) -> Call:
+async def _call(request: Request, form: Form) -> Call:
     started = time.perf_counter()
     control = parse_cache_control(request.headers.get("x-fingerpost-cache-control"))
-    chat_request = parse(await _body(request, request.state.config.listen.max_body_bytes))
-    check_model(request.state.config, chat_request.model)
-    return Call(
-        request.state.request_id, chat_request, scope_key(chat_request, tenant(request.headers)), control, started
-    )
+    listen, admission = request.state.config.listen, request.state.admission
+    chat_request = parse(await _body(request, listen), form.view)
+    limits.check(chat_request.body, listen)
+    check_model(request.state.config, chat_request.model, admission)
+    who = _who(request)
+    scope = scope_key(chat_request, who)
+    return Call(request.state.request_id, chat_request, scope, control, started, admission, who, form)
 
 
-async def _body(request: Request, limit: int) -> bytes:
-    """All of the body, but never more than `limit` bytes of it."""
+def _who(request: Request) -> str:
+    """Who asks, in so many words or as a digest of the credential."""
+    return request.state.admission.tenant or tenant(request.headers)
+
+
+async def _body(request: Request, listen: Listen) -> bytes:
+    """All of the body, but never more of it than `listen` allows."""
+    limit = listen.max_body_bytes
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > limit:
         raise BodyTooLarge(f"the body is longer than {limit} bytes")
@@ -209,11 +312,12 @@ async def _body(request: Request, limit: int) -> bytes:
         body += chunk
         if len(body) > limit:
             raise BodyTooLarge(f"the body is longer than {limit} bytes")
+    limits.check_raw(body, listen)
     return bytes(body)
 
 
-def _alias(created: int) -> dict[str, Any]:
-    return {"id": AUTO, "object": "model", "created": created, "owned_by": "fingerpost"}
+def _alias(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "fingerpost"}
 
 
 def _described(model: Model, created: int) -> dict[str, Any]:
@@ -260,7 +364,7 @@ class Counted:
 
 async def api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _error(request, error.status, openai_form(error.message, error.type, error.param, error.code))
+    return _error(request, error.status, openai_form(error.message, error.type, error.param, error.code), error.headers)
 
 
 async def http_error(request: Request, error: Exception) -> Response:
@@ -279,4 +383,6 @@ async def unexpected(request: Request, error: Exception) -> Response:
 
 
 def _error(request: Request, status: int, body: dict[str, Any], headers: Any = None) -> Response:
+    if request.url.path.startswith(MESSAGES.path):
+        body = anthropic_form(status, body["error"]["message"], request.state.request_id)
     return JSONResponse(body, status, headers={**(headers or {}), "x-request-id": request.state.request_id})

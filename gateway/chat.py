@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from urllib.parse import quote
 
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from gateway import answer as answers
-from gateway import policy, sse
+from gateway import conversation, overrides, policy, sse
 from gateway.answer import Answer
 from gateway.cache import Cache, CacheUnavailable, Entry, Hit, Origin
-from gateway.config import AUTO, NAMED_RULE, Config, Model
-from gateway.degradation import Breaker
-from gateway.errors import UnknownModel, UpstreamUnavailable
+from gateway.config import NAMED_RULE, Config, Model, Overrides
+from gateway.dial import Dials
+from gateway.dialects import CHAT, Form
+from gateway.errors import UnknownModel
+from gateway.feedback import Feedback
 from gateway.metrics import Metrics
+from gateway.reader import Reader
 from gateway.request import CacheControl, ChatRequest, question_key, upstream_body
-from gateway.triton import Reading, Router, TritonUnavailable
+from gateway.tenants import Admission
+from gateway.triton import Reading, Router
 from gateway.upstream import Reply, Upstream, UpstreamBroken
 
 log = logging.getLogger("fingerpost")
@@ -37,6 +41,9 @@ class Call:
     scope: str
     control: CacheControl
     started: float  # time.perf_counter() when it came in
+    admission: Admission  # of the tenant that asks
+    tenant: str  # who asks: its name, or a digest of the credential where there are no tenants
+    form: Form = CHAT
 
     @property
     def key(self) -> str:
@@ -53,6 +60,8 @@ class Route:
     reading: Reading | None  # None: not needed, or Triton is down
     quality: Mapping[str, float]  # model -> predicted probability that its answer is right, where it can be told
     uncacheable: str | None  # why the answer is neither replayed nor stored
+    overrides: Overrides = policy.NO_OVERRIDES  # what the rule changes in the request
+    pulls: Mapping[str, policy.Pull] = field(default_factory=dict)  # what the request tells the dials, by rule
 
     @property
     def origin(self) -> Origin:
@@ -78,66 +87,116 @@ class Chat:
     """Answers chat completions. All its parts are opened, and closed, by the application's lifespan."""
 
     def __init__(
-        self, config: Config, router: Router, cache: Cache | None, upstream: Upstream, metrics: Metrics
+        self,
+        config: Config,
+        router: Router,
+        cache: Cache | None,
+        upstream: Upstream,
+        dials: Dials,
+        feedback: Feedback,
+        metrics: Metrics,
     ) -> None:
         self._config = config
-        self._router = router
+        self._reader = Reader(router, metrics)
         self._cache = cache
         self._upstream = upstream
+        self._dials = dials
+        self._feedback = feedback
         self._metrics = metrics
-        self._triton = Breaker("triton", metrics)
 
     async def answer(self, call: Call) -> Response:
-        """Replay the answer to the same question, else to one that means the same, else have a model generate it."""
-        if exact := await self._same_question(call):
+        """Replay the answer to the same question, else to one that means the same, else have a model generate it.
+
+        Where rules change what is asked, it is known after the decision only what the question is.
+        """
+        policy_asked = self._config.aliases.get(call.request.model)
+        changes = policy_asked is not None and policy_asked.has_overrides
+        if not changes and (exact := await self._same_question(call)):
             return self._replay(call, "hit-exact", Hit(exact, 1.0))
-        route = await self.route(call.request)
+        route = await self.route(call.request, call.admission.tenant, call.form)
+        if changes:
+            call = _changed(call, route.overrides)
+            if exact := await self._same_question(call):
+                return self._replay(call, "hit-exact", Hit(exact, 1.0))
         if hit := await self._same_meaning(call, route):
             return self._replay(call, "hit-semantic", hit)
+        self._dials.observe(call.request.model, route.pulls)
         return await self._generate(call, route)
 
-    async def route(self, request: ChatRequest) -> Route:
+    async def route(self, request: ChatRequest, tenant: str | None = None, form: Form = CHAT) -> Route:
         """Decide who answers; asks no LLM. The model asked for is known, see `check_model`."""
         uncacheable = request.uncacheable if self._cache is not None else "the cache is not enabled"
-        reading = None
-        if request.question and (request.model == AUTO or uncacheable is None):
-            reading = await self._read(request.question)
-            if uncacheable is None and reading is None:
-                uncacheable = "the prompt could not be read: Triton is down"
-            elif uncacheable is None and reading is not None and reading.truncated:
-                uncacheable = "the prompt is longer than the models read"
-        quality = self._quality(reading)
-        decision = self._decide(request, reading, quality)
+        is_alias = request.model in self._config.aliases
+        turns = conversation.turns(request.messages) if is_alias else ()
+        texts = {turn.read for turn in turns if turn.read}
+        if request.question and uncacheable is None:
+            texts.add(request.question)
+        readings = await self._reader.read(texts) if texts else {}
+        if uncacheable is None and readings is None:
+            uncacheable = "the prompt could not be read: Triton is down"
+        elif uncacheable is None and readings and readings[request.question].truncated:
+            uncacheable = "the prompt is longer than the models read"
+        reading = _reading(request, turns, readings or {})
+        if reading is not None:
+            self._metrics.categories.labels(reading.category).inc()
+        prompts = self._prompts(request, tenant, form, turns, readings or {})
+        decision, pulls = self._decide(request, prompts)
         model = self._config.model(decision.model)
         assert model is not None  # rules name known models, and so does the request
-        return Route(model, decision.rule, decision.reason, reading, quality, uncacheable)
+        quality = self._quality(reading)
+        why = decision.reason
+        return Route(model, decision.rule, why, reading, quality, uncacheable, decision.overrides, pulls)
 
     def _quality(self, reading: Reading | None) -> dict[str, float]:
         """Predicted quality by model, of those whose ability is known."""
         known = reading.quality if reading else {}
         return {model.name: known[model.ability_name] for model in self._config.models if model.ability_name in known}
 
-    def _decide(self, request: ChatRequest, reading: Reading | None, quality: Mapping[str, float]) -> policy.Decision:
-        if request.model != AUTO:
-            return policy.Decision(request.model, NAMED_RULE, "the request names it")
-        category, complexity = (reading.category, reading.complexity) if reading else (None, None)
-        prompt = policy.Prompt(request.question, request.prompt_tokens, category, complexity, quality)
-        return policy.decide(self._config.policy, self._config.models, prompt)
+    def _prompts(
+        self,
+        request: ChatRequest,
+        tenant: str | None,
+        form: Form,
+        turns: Sequence[conversation.Turn],
+        readings: Mapping[str, Reading],
+    ) -> list[policy.Prompt]:
+        """The user turns as the policy sees them, the newest last; one that says nothing when there are none."""
+        base = policy.Prompt(
+            text="",
+            prompt_tokens=request.prompt_tokens,
+            category=None,
+            complexity=None,
+            tenant=tenant,
+            alias=request.model,
+            has_tools=conversation.has_tools(request.body),
+            context_tokens=conversation.context_tokens(request.body),
+            output_tokens=overrides.output_tokens(request.body, form.path),
+        )
+        return [self._prompt(base, turn, readings.get(turn.read)) for turn in turns] or [base]
 
-    async def _read(self, text: str) -> Reading | None:
-        """Triton's reading of a text; None, counted, when Triton is down."""
-        if self._triton.allows:
-            try:
-                with self._metrics.router_seconds.time():
-                    reading = await self._router.read(text)
-            except TritonUnavailable as error:
-                self._triton.failed(error)
-            else:
-                self._triton.worked()
-                self._metrics.categories.labels(reading.category).inc()
-                return reading
-        self._triton.skipped()
-        return None
+    def _prompt(self, base: policy.Prompt, turn: conversation.Turn, reading: Reading | None) -> policy.Prompt:
+        said = replace(base, text=turn.text, prompt_tokens=turn.prompt_tokens, has_images=turn.has_images)
+        if reading is None:
+            return said
+        return replace(
+            said,
+            category=reading.category,
+            complexity=reading.complexity,
+            quality=self._quality(reading),
+            confidence=reading.category_scores[reading.category],
+        )
+
+    def _decide(
+        self, request: ChatRequest, prompts: Sequence[policy.Prompt]
+    ) -> tuple[policy.Decision, dict[str, policy.Pull]]:
+        """Who answers the last of the prompts, and what that tells the dials."""
+        policy_asked = self._config.aliases.get(request.model)
+        if policy_asked is None:
+            return policy.Decision(request.model, NAMED_RULE, "the request names it"), {}
+        *earlier, newest = prompts
+        bars = self._dials.bars(request.model)
+        decision = policy.decide(policy_asked, self._config.models, newest, earlier, bars)
+        return decision, policy.pulls(policy_asked, self._config.models, newest, earlier, bars)
 
     async def _same_question(self, call: Call) -> Entry | None:
         if self._cache is None or call.request.uncacheable or not call.control.lookup:
@@ -164,42 +223,60 @@ class Chat:
         """A stored answer, as JSON or as a stream, whichever is asked for."""
         entry, request = hit.entry, call.request
         self._count_hit(call, outcome, entry)
+        call.admission.spent(0)
         headers = _headers(call, outcome, entry.origin)
         if outcome == "hit-semantic":
             headers["x-fingerpost-similarity"] = f"{hit.similarity:.4f}"
-        new = answers.Identity(f"chatcmpl-{call.id}", int(time.time()))
+        headers["x-fingerpost-upstream-tokens"] = "0"
+        new = answers.Identity(call.form.id_prefix + call.id, int(time.time()))
+        same = outcome == "hit-exact"  # how good another question's answer is here tells nothing of the model
+        self._remember(call, new.id, entry.origin.model, entry.key, for_training=same)
         if request.stream:
-            body = answers.events(entry.answer, new, include_usage=request.include_usage)
+            body = call.form.stream(entry.answer, new, request.include_usage)
             return Response(body, headers=headers, media_type="text/event-stream")
-        return Response(answers.completion(entry.answer, new), headers=headers, media_type="application/json")
+        return Response(call.form.replay(entry.answer, new), headers=headers, media_type="application/json")
 
     async def _generate(self, call: Call, route: Route) -> Response:
         outcome = "bypass" if route.uncacheable or not call.control.lookup else "miss"
         store = route.uncacheable is None and call.control.store
-        body = upstream_body(call.request, route.model.name, want_usage=store)
-        reply = await self._upstream.send(route.model, body, call.id)
+        want_usage = (store or call.admission.meters_tokens) and call.form.asks_usage
+
+        def body(model: Model) -> bytes:
+            return upstream_body(call.request, model.name, want_usage=want_usage)
+
+        models, stream = self._models(call, route), call.request.stream
+        reply = await self._upstream.send(models, body, call.id, path=call.form.path, stream=stream)
+        chosen, route = route.model, replace(route, model=reply.model)
         self._metrics.routed.labels(route.rule, route.model.name).inc()
         self._metrics.cache.labels(outcome).inc()
         self._metrics.first_byte_seconds.labels(outcome).observe(time.perf_counter() - call.started)
         headers = {**reply.headers, **_headers(call, outcome, route.origin)}
         if route.uncacheable:
             headers["x-fingerpost-cache-reason"] = route.uncacheable
-        if reply.is_stream and reply.status == 200:
-            keep_usage = call.request.include_usage or not store
+        if chosen is not route.model:
+            headers["x-fingerpost-fallback-for"] = chosen.name
+        if reply.is_stream:
+            keep_usage = call.request.include_usage or not want_usage
             return Relay(self._tee(call, route, reply, store=store, keep_usage=keep_usage), reply, headers)
-        return await self._whole(call, route, reply, headers, store=store)
-
-    async def _whole(self, call: Call, route: Route, reply: Reply, headers: dict[str, str], *, store: bool) -> Response:
-        try:
-            body = await reply.body()
-        except UpstreamBroken as error:
-            log.warning("%s: model %s broke off: %s", call.id, route.model.name, error)
-            raise UpstreamUnavailable(f"model {route.model.name!r} broke off its answer") from error
-        finally:
-            reply.close()
+        reply.close()
+        call.admission.read(reply.body)
         if reply.status == 200:
-            self._finish(call, route, answers.from_completion(body), store=store)
-        return Response(body, status_code=reply.status, headers=headers)
+            key = call.key if store else None
+            self._remember(call, answers.response_id(reply.body), route.model.name, key)
+            self._finish(call, route, call.form.whole(reply.body), store=store)
+        return Response(reply.body, status_code=reply.status, headers=headers)
+
+    def _models(self, call: Call, route: Route) -> list[Model]:
+        """The chosen model and those of its fallbacks that the conversation fits into.
+
+        A tenant that names a model gets no other that it may not name.
+        """
+        fallbacks = self._config.fallbacks(route.model)
+        if not fallbacks:
+            return [route.model]
+        tokens, is_named = conversation.context_tokens(call.request.body), route.rule == NAMED_RULE
+        fitting = [model for model in fallbacks if tokens <= model.context_window]
+        return [route.model, *(model for model in fitting if not is_named or call.admission.allows(model.name))]
 
     async def _tee(
         self, call: Call, route: Route, reply: Reply, *, store: bool, keep_usage: bool
@@ -208,13 +285,16 @@ class Chat:
 
         A usage chunk that the gateway asked for and the client did not is left out.
         """
-        splitter, assembly, finished = sse.FrameSplitter(), answers.Assembly(), False
+        splitter, assembly, finished, known = sse.FrameSplitter(), call.form.assembly(), False, False
         try:
             async for chunk in reply.chunks():
                 frames = splitter.feed(chunk)
                 if splitter.pending > MAX_FRAME_BYTES:
                     raise UpstreamBroken(f"an event is longer than {MAX_FRAME_BYTES} bytes")
-                kept = [frame for frame in frames if self._keep(frame, assembly, keep_usage=keep_usage)]
+                if not known and (new_id := answers.response_id(b"".join(frames))):
+                    key, known = call.key if store else None, True
+                    self._remember(call, new_id, route.model.name, key)
+                kept = [frame for frame in frames if self._keep(call, frame, assembly, keep_usage=keep_usage)]
                 if assembly.done and not finished:  # before the client sees it, who may leave or ask again at once
                     finished = True
                     self._finish(call, route, assembly.answer(), store=store)
@@ -227,8 +307,9 @@ class Chat:
             yield rest
 
     @staticmethod
-    def _keep(frame: bytes, assembly: answers.Assembly, *, keep_usage: bool) -> bool:
+    def _keep(call: Call, frame: bytes, assembly: answers.Assembly, *, keep_usage: bool) -> bool:
         payload = sse.data(frame)
+        call.admission.read(payload)
         assembly.add(payload)
         return keep_usage or not answers.is_usage_only(payload)
 
@@ -251,6 +332,12 @@ class Chat:
             )
         )
 
+    def _remember(self, call: Call, id: str | None, model: str, key: str | None, *, for_training: bool = True) -> None:
+        """The answer may be judged by this id or that of the call; `for_training`: the verdict may be recorded."""
+        turns = conversation.turns(call.request.messages) if for_training and self._feedback.records else ()
+        text = turns[-1].read if turns else ""
+        self._feedback.remember(call.tenant, (call.id, id), model=model, key=key, text=text)
+
     def _count_tokens(self, model: Model, answer: Answer) -> None:
         for kind, count, price in _bill(model, answer):
             self._metrics.tokens.labels(model.name, kind).inc(count)
@@ -264,20 +351,37 @@ class Chat:
             self._metrics.saved.labels(model.name).inc(saved / 1e6)
 
 
-def check_model(config: Config, name: str) -> None:
-    """Raises `UnknownModel` when `name` is neither the alias nor a configured model."""
-    known = [AUTO, *(model.name for model in config.models)]
+def _changed(call: Call, changes: Overrides) -> Call:
+    """The call that a rule makes of one: another body, whose answers are for calls that were changed alike."""
+    body = overrides.applied(call.request.body, changes, call.form.path)
+    return replace(call, request=replace(call.request, body=body), scope=overrides.scope(call.scope, changes))
+
+
+def _reading(
+    request: ChatRequest, turns: Sequence[conversation.Turn], readings: Mapping[str, Reading]
+) -> Reading | None:
+    """What was read: in the conversation what the policy looks at, in the question what the cache does."""
+    of_question = readings.get(request.question)
+    of_turn = readings.get(turns[-1].read) if turns else None
+    if of_turn is None or of_question is None:
+        return of_turn or of_question
+    return replace(of_turn, embedding=of_question.embedding, truncated=of_question.truncated)
+
+
+def check_model(config: Config, name: str, admission: Admission) -> None:
+    """Raises `UnknownModel` when `name` is neither an alias nor a configured model, `ModelNotAllowed`."""
+    known = [*config.aliases, *(model.name for model in config.models)]
     if name not in known:
-        words = f"the model {name[:100]!r} does not exist (known: {', '.join(known)})"
-        raise UnknownModel(words, param="model")
+        allowed = ", ".join(filter(admission.allows, known))
+        raise UnknownModel(f"the model {name[:100]!r} does not exist (known: {allowed})", param="model")
+    admission.check_model(name)
 
 
 def _bill(model: Model, answer: Answer) -> list[tuple[str, int, float]]:
     """(kind, tokens, price of a million) of an answer; empty when its usage is not known."""
-    usage, price = answer.usage or {}, model.price_per_million_tokens
-    prices = {"prompt": price.input, "completion": price.output}
-    counts = {kind: usage.get(f"{kind}_tokens") for kind in prices}
-    return [(kind, count, prices[kind]) for kind, count in counts.items() if isinstance(count, int)]
+    price = model.price_per_million_tokens
+    counts = [("prompt", answer.prompt_tokens, price.input), ("completion", answer.completion_tokens, price.output)]
+    return [(kind, count, each) for kind, count, each in counts if count is not None]
 
 
 def _headers(call: Call, outcome: str, origin: Origin) -> dict[str, str]:

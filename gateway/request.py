@@ -35,6 +35,7 @@ class ChatRequest:
     include_usage: bool  # the client wants the usage chunk at the end of a stream
     question: str  # text of the last user turn, "" when there is none
     prompt_tokens: int  # of all messages, estimated at 4 UTF-8 bytes a token: known without a model
+    messages: list[Body]  # see `View`
     beside: list[Any]  # everything of the body that can change the answer other than the wording of the question
     uncacheable: str | None  # why its answer is neither replayed nor stored
 
@@ -77,10 +78,11 @@ def parse(raw: bytes, view: Callable[[Body], View] = chat_view) -> ChatRequest:
         model=model,
         stream=typed(body, "stream", bool, "a boolean") or False,
         include_usage=typed(stream_options, "include_usage", bool, "a boolean", "stream_options.") or False,
-        question=_text(last_user).strip() if last_user else "",
-        prompt_tokens=sum(len(_text(message).encode()) for message in messages) // BYTES_PER_TOKEN,
+        question=text_of(last_user).strip() if last_user else "",
+        prompt_tokens=sum(len(text_of(message).encode()) for message in messages) // BYTES_PER_TOKEN,
+        messages=messages,
         beside=viewed.beside,
-        uncacheable=viewed.uncacheable or _uncacheable(body, messages),
+        uncacheable=viewed.uncacheable or _not_a_question(messages) or _not_one_text(body),
     )
 
 
@@ -93,7 +95,8 @@ def parse_cache_control(header: str | None) -> CacheControl:
 
 def tenant(headers: Mapping[str, str]) -> str:
     """Who is asking: a digest of the credential, so that two keys never share an answer and none is kept."""
-    return hashlib.sha256(headers.get("authorization", "").encode()).hexdigest()
+    credential, other = headers.get("authorization", ""), headers.get("x-api-key")  # Anthropic's clients send the other
+    return hashlib.sha256((credential if other is None else f"{credential}\0{other}").encode()).hexdigest()
 
 
 def scope_key(request: ChatRequest, tenant: str) -> str:
@@ -199,7 +202,8 @@ def _parts(message: Body) -> list[Body]:
     return content if isinstance(content, list) else []
 
 
-def _text(message: Body) -> str:
+def text_of(message: Body) -> str:
+    """All the text in the content of a message."""
     content = message.get("content")
     if isinstance(content, list):
         return "\n".join(part["text"] for part in content if part["type"] == "text")
@@ -210,17 +214,22 @@ def _is_low(temperature: object) -> bool:
     return isinstance(temperature, int | float) and temperature <= MAX_CACHED_TEMPERATURE
 
 
-def _uncacheable(body: Body, messages: list[Body]) -> str | None:
+def _not_a_question(messages: list[Body]) -> str | None:
     last = messages[-1]
     content = last.get("content")
     if last["role"] != "user":
         return "the last message is not the user's"
     if isinstance(content, list) and any(part["type"] != "text" for part in content):
         return "the last message is not text alone"
-    if not _text(last).strip():
+    if not text_of(last).strip():
         return "the last message is empty"
     if any(part["type"] not in TEXT_PARTS for message in messages for part in _parts(message)):
         return "an earlier message is not text alone"
+    return None
+
+
+def _not_one_text(body: Body) -> str | None:
+    """Why an answer of one text, the same each time, is not what the body asks for."""
     n, temperature = body.get("n"), body.get("temperature")
     if n not in (None, 1):
         return "n is not 1"

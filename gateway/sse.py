@@ -41,5 +41,6 @@ def data(frame: bytes) -> bytes:
     return b"\n".join(line[5:].removeprefix(b" ") for line in lines)
 
 
-def event(payload: bytes) -> bytes:
-    return b"data: " + payload + b"\n\n"
+def event(payload: bytes, name: str = "") -> bytes:
+    """One event as bytes, with its name, if it has one, in a line before the data."""
+    return (b"event: " + name.encode() + b"\n" if name else b"") + b"data: " + payload + b"\n\n"

@@ -1,7 +1,8 @@
-"""The one round trip to Triton: a text in, its embedding, category scores, complexity and difficulty out."""
+"""The round trips to Triton: texts in; embeddings, and for routing category scores, complexity and difficulty, out."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from gateway.cache import Vector
 from gateway.contract import Contract
 
 MODEL = "router"
+EMBEDDER = "embedder"
+BATCH_TEXTS = 8  # of one call: a request that is being routed meanwhile waits for no more than these
 MAX_CHARACTERS = 32_768  # longer texts are cut before they are sent, and count as truncated
 
 _OUTPUTS = (
@@ -27,6 +30,7 @@ _OUTPUTS = (
     "classifier_truncated",
     "classifier_fingerprint",
 )
+_EMBEDDER_OUTPUTS = ("embedding", "truncated", "fingerprint")
 # gRPC waits up to two minutes between attempts to reconnect unless told otherwise.
 _CHANNEL = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
 
@@ -47,27 +51,55 @@ class Reading:
     truncated: bool  # the text is longer than the models read
 
 
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    embedding: Vector  # (dimension,), L2-normalised
+    truncated: bool  # the text is longer than the embedder reads
+
+
 class Router:
-    """Client of Triton's `router` model."""
+    """Client of Triton's `router` model, and of the `embedder` in it."""
 
     def __init__(self, settings: config.Triton, contract: Contract) -> None:
         self._settings = settings
         self._contract = contract
-        self._client = InferenceServerClient(settings.address, channel_args=_CHANNEL)
+        self._client = InferenceServerClient(settings.address, channel_args=_CHANNEL, **_tls(settings.tls))
         self._outputs = [InferRequestedOutput(name) for name in _OUTPUTS]
+        self._embedder_outputs = [InferRequestedOutput(name) for name in _EMBEDDER_OUTPUTS]
 
     async def read(self, text: str) -> Reading:
         """Raises `TritonUnavailable`."""
-        text_input = InferInput("text", [1, 1], "BYTES")
-        text_input.set_data_from_numpy(np.array([[text[:MAX_CHARACTERS].encode()]], dtype=np.object_))
+        (read,) = await self.read_all([text])
+        return read
+
+    async def read_all(self, texts: Sequence[str]) -> list[Reading]:
+        """What is read in each text, in several calls one after the other. Raises `TritonUnavailable`."""
+        return [
+            reading(row, self._contract, cut=len(text) > MAX_CHARACTERS)
+            for part in _parts(texts)
+            for text, row in zip(part, _rows(await self._infer(MODEL, part, self._outputs)), strict=True)
+        ]
+
+    async def embed(self, texts: Sequence[str]) -> list[Embedded]:
+        """As `read_all`, by the embedder alone. Raises `TritonUnavailable`."""
+        return [
+            embedded(row, self._contract, cut=len(text) > MAX_CHARACTERS)
+            for part in _parts(texts)
+            for text, row in zip(part, _rows(await self._infer(EMBEDDER, part, self._embedder_outputs)), strict=True)
+        ]
+
+    async def _infer(self, model: str, texts: Sequence[str], wanted: list[InferRequestedOutput]) -> dict[str, Any]:
+        """The outputs, each (len(texts), n), say, of one call."""
+        text_input = InferInput("text", [len(texts), 1], "BYTES")
+        rows = [[text[:MAX_CHARACTERS].encode()] for text in texts]
+        text_input.set_data_from_numpy(np.array(rows, dtype=np.object_))
         try:
             result = await self._client.infer(
-                MODEL, [text_input], outputs=self._outputs, client_timeout=self._settings.timeout_seconds
+                model, [text_input], outputs=wanted, client_timeout=self._settings.timeout_seconds
             )
         except InferenceServerException as error:
             raise TritonUnavailable(f"{self._settings.address}: {error.message()}") from error
-        outputs = {name: result.as_numpy(name) for name in _OUTPUTS}
-        return reading(outputs, self._contract, cut=len(text) > MAX_CHARACTERS)
+        return {output.name(): result.as_numpy(output.name()) for output in wanted}
 
     async def check(self) -> None:
         """Raises `TritonUnavailable` when `router` cannot be called."""
@@ -80,6 +112,18 @@ class Router:
 
     async def close(self) -> None:
         await self._client.close()
+
+
+def _tls(settings: config.ClientTls | None) -> dict[str, Any]:
+    """The `tls` section as tritonclient takes it."""
+    if settings is None:
+        return {}
+    files = {
+        "root_certificates": settings.ca_file,
+        "certificate_chain": settings.cert_file,
+        "private_key": settings.key_file,
+    }
+    return {"ssl": True, **{name: str(path) for name, path in files.items() if path is not None}}
 
 
 def reading(outputs: dict[str, Any], contract: Contract, *, cut: bool) -> Reading:
@@ -100,15 +144,40 @@ def reading(outputs: dict[str, Any], contract: Contract, *, cut: bool) -> Readin
     )
 
 
+def embedded(outputs: dict[str, Any], contract: Contract, *, cut: bool) -> Embedded:
+    """What the outputs of `embedder` for one text say, as `reading`."""
+    _check_fingerprint("embedder", outputs["fingerprint"], contract.embedder)
+    _check_finite(outputs, ("embedding",))
+    return Embedded(outputs["embedding"][0], cut or outputs["truncated"].item())
+
+
+def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The texts of one call after those of another."""
+    return (texts[i : i + BATCH_TEXTS] for i in range(0, len(texts), BATCH_TEXTS))
+
+
+def _rows(outputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The outputs for each text alone, each (1, n), say."""
+    length = len(outputs["embedding"])
+    return ({name: values[i : i + 1] for name, values in outputs.items()} for i in range(length))
+
+
 def _check(outputs: dict[str, Any], contract: Contract) -> None:
-    for part, known in (("embedder", contract.embedder), ("classifier", contract.classifier)):
-        served = outputs[f"{part}_fingerprint"].item().decode()
-        if served != known:
-            raise TritonUnavailable(f"Triton serves {part} {served}, the manifest describes {known}: restart both")
-    if not all(np.isfinite(outputs[name]).all() for name in ("embedding", "category", "complexity", "difficulty")):
-        raise TritonUnavailable("the models answered with numbers that are not finite")
+    _check_fingerprint("embedder", outputs["embedder_fingerprint"], contract.embedder)
+    _check_fingerprint("classifier", outputs["classifier_fingerprint"], contract.classifier)
+    _check_finite(outputs, ("embedding", "category", "complexity", "difficulty"))
     given = outputs["difficulty"].shape[1]
     if contract.difficulty not in (None, given):
         raise TritonUnavailable(
             f"the classifier's difficulty is {given} numbers, its manifest says {contract.difficulty}"
         )
+
+
+def _check_fingerprint(part: str, served: Any, known: str) -> None:
+    if (name := served.item().decode()) != known:
+        raise TritonUnavailable(f"Triton serves {part} {name}, the manifest describes {known}: restart both")
+
+
+def _check_finite(outputs: dict[str, Any], names: Sequence[str]) -> None:
+    if not all(np.isfinite(outputs[name]).all() for name in names):
+        raise TritonUnavailable("the models answered with numbers that are not finite")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from ipaddress import ip_address
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -39,7 +41,8 @@ def _url(value: object) -> object:
     return value.rstrip("/")
 
 
-def _endpoint(value: object) -> object:
+def endpoint_url(value: object) -> str:
+    """The address of a vLLM server."""
     url = str(_url(value))
     if url.endswith("/v1"):
         raise ValueError("leave out /v1, the gateway adds it")
@@ -54,10 +57,30 @@ def _milvus_uri(value: object) -> object:
     raise ValueError("must be an http:// or https:// address, or a file that ends in .db")
 
 
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own, of no use to any other."""
+    try:
+        address = ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
 def _header(secret: SecretStr) -> SecretStr:
     if not re.fullmatch(r"[\x21-\x7e]+", secret.get_secret_value()):
         raise ValueError("must be printable ASCII without spaces, and not empty")
     return secret
+
+
+_OF_NO_KEY = hashlib.sha256(b"").hexdigest()
+
+
+def _key_digest(value: object) -> object:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise ValueError("must be the 64 hex digits that `python -m gateway key` prints")
+    if value == _OF_NO_KEY:
+        raise ValueError("is the digest of an empty key")
+    return value
 
 
 Number = BeforeValidator(_not_a_boolean)
@@ -70,6 +93,7 @@ Unit = Annotated[float, Number, Field(ge=0, le=1)]
 Whole = Annotated[int, Number]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\x21-\x7e]+$")]
 Address = Annotated[str, BeforeValidator(_address)]
-Endpoint = Annotated[str, BeforeValidator(_endpoint)]
+EndpointUrl = Annotated[str, BeforeValidator(endpoint_url)]
 MilvusUri = Annotated[str, BeforeValidator(_milvus_uri)]
 HeaderSecret = Annotated[SecretStr, AfterValidator(_header)]
+KeyDigest = Annotated[str, BeforeValidator(_key_digest)]

@@ -19,8 +19,11 @@ import httpx
 import pytest
 import yaml
 
+from tests.stub_triton import write_manifests
+
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 900  # the first start converts weights, and trains them when none are there
+PATIENCE_SECONDS = 300  # a machine that is busy with something else starts a process slowly
 
 Tree = dict[str, Any]
 
@@ -137,8 +140,17 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     port, log = free_port(), tmp_path_factory.mktemp("stub") / "stub.log"
     with running([sys.executable, "tests/stub_vllm.py", str(port)], log) as process:
         url = f"http://127.0.0.1:{port}"
-        wait_until("the stub", lambda: answers(f"{url}/health"))
+        wait_until("the stub", lambda: answers(f"{url}/health"), PATIENCE_SECONDS)
         yield Server(url, process, log)
+
+
+@pytest.fixture(scope="session")
+def stub_triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tree]:
+    """The `triton` section for a stub of it, see tests/stub_triton.py."""
+    port, folder = free_port(), tmp_path_factory.mktemp("triton")
+    repository = write_manifests(folder / "repository")
+    with running([sys.executable, "tests/stub_triton.py", str(port)], folder / "triton.log"):
+        yield {"address": f"127.0.0.1:{port}", "model_repository": str(repository)}
 
 
 StartGateway = Callable[..., Server]
@@ -163,7 +175,7 @@ def start_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartGat
             command = [sys.executable, "-m", "gateway", "--config", str(folder / "config.yaml")]
             process = stack.enter_context(running(command, log, env={**os.environ, **(env or {})}))
             url = f"http://127.0.0.1:{port}"
-            wait_until("the gateway", lambda: process.poll() is not None or answers(f"{url}/health"))
+            wait_until("the gateway", lambda: process.poll() is not None or answers(f"{url}/health"), PATIENCE_SECONDS)
             assert process.poll() is None, log.read_text()
             return Server(url, process, log)
 

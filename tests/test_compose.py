@@ -181,7 +181,7 @@ def test_same_configuration_as_the_local_stack_with_other_addresses(config: Conf
 
 
 def _without_addresses(config: Config) -> Tree:
-    plain = config.model_dump(exclude={"local": True, "data_dir": True, "listen": {"host"}, "triton": {"address"}})
+    plain = config.model_dump(exclude={"local": True, "data_dir": True, "listen": {"host", "allow_anonymous"}, "triton": {"address"}})
     plain["models"] = [model.model_dump(exclude={"endpoints", "api_key"}) for model in config.models]
     del plain["semantic_cache"]["backend_config_path"]
     return plain | {"milvus": config.milvus.model_dump(exclude={"connection": {"host"}})}
@@ -241,6 +241,7 @@ def test_only_the_gateway_is_published_and_only_on_this_machine(services: dict[s
     published = {name: service["ports"] for name, service in services.items() if "ports" in service}
     assert published == {"gateway": [f"127.0.0.1:{config.listen.port}:{config.listen.port}"]}
     assert config.listen.host == "0.0.0.0"  # noqa: S104 (of the container)
+    assert config.listen.allow_anonymous
     assert f"127.0.0.1:{config.listen.port}/health" in services["gateway"]["healthcheck"]["test"][-1]
 
 

@@ -19,6 +19,7 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost"})  # where the local servers list
 WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104 (nothing is bound here)
 TRITON_PYTHON = ".venv-triton/bin/python"
 VLLM_PYTHON = ".venv-vllm/bin/python"
+DRAIN_SECONDS = 2  # of the five after which the supervisor kills what it has told to stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def _vllm(config: Config) -> Iterator[Part]:
     local = config.local.vllm
     if local is None:
         return
-    urls = {model.name: [urlsplit(endpoint) for endpoint in model.endpoints] for model in config.models}
+    urls = {model.name: [urlsplit(endpoint.url) for endpoint in model.endpoints] for model in config.models}
     names = [name for name, at in urls.items() if any(u.hostname in LOOPBACK and u.port == local.port for u in at)]
     if not names:
         return
@@ -92,12 +93,15 @@ def _vllm(config: Config) -> Iterator[Part]:
 
 
 def _gateway(config: Config) -> Part:
-    command = (sys.executable, "-m", "gateway", "--config", str(config.source))
+    drain = ("--drain-seconds", str(DRAIN_SECONDS))
+    command = (sys.executable, "-m", "gateway", "--config", str(config.source), *drain)
     ports = {"listen.port": config.listen.port}
-    return Part("gateway", command, config.listen.host, ports, (f"{address(config)}/ready",), {})
+    told = "health" if config.listen.admin_key_sha256 else "ready"  # which then takes a key
+    return Part("gateway", command, config.listen.host, ports, (f"{address(config)}/{told}",), {})
 
 
 def address(config: Config) -> str:
     """The gateway's URL for a client on this machine."""
     host = "127.0.0.1" if config.listen.host in WILDCARDS else config.listen.host
-    return f"http://{f'[{host}]' if ':' in host else host}:{config.listen.port}"
+    scheme = "https" if config.listen.tls else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{config.listen.port}"

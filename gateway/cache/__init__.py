@@ -57,6 +57,9 @@ class Cache(Protocol):
     def put(self, entry: Entry) -> None:
         """Remember `entry`, replacing one with its key; never waits."""
 
+    async def delete(self, key: str) -> None:
+        """Forget the entry, if there is one, at once. Raises `CacheUnavailable` when the backend may still have it."""
+
     async def check(self) -> None:
         """Raises `CacheUnavailable` when the backend is not ready."""
 

@@ -69,6 +69,10 @@ class MemoryCache:
         self._row[entry.key] = row
         self._scopes.setdefault(entry.scope, {})[row] = entry
 
+    async def delete(self, key: str) -> None:
+        if key in self._row:
+            self._remove(self._entries[key])
+
     async def check(self) -> None:
         return None
 

@@ -3,7 +3,7 @@
 A background task opens the collection, and opens it again after any failure; until it is open every lookup is
 `CacheUnavailable` at once, so that no request waits for a Milvus that is down. Writes go through a bounded queue, in
 batches, off the request path, and are never flushed: Milvus seals segments by itself. A search with bounded consistency
-may miss what was stored in the last second or so; `_recent` has it.
+may miss what was just stored, which `_recent` has, or find what was just deleted, which `_deleted` knows.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import asyncio
 import contextlib
 import logging
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cachetools
 import grpc
 import numpy as np
 import orjson
@@ -38,12 +40,20 @@ VARCHAR_BYTES = 65_535  # Milvus' limit
 LOOKUP_SECONDS = 1.0  # a request does not wait longer, whatever connection.timeout allows for the rest
 REOPEN_SECONDS = 1.0
 DRAIN_SECONDS = 3.0
+DELETE_SECONDS = 5.0  # that the caller of a deletion waits for it
+STALE_SECONDS = 60.0  # for which a search may, at the worst, find what was deleted
 
 _FAILURES = (MilvusException, grpc.RpcError, TimeoutError, OSError)
 
 
 class SchemaMismatch(Exception):
     """The collection exists with other fields than this cache writes."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Deletion:
+    key: str
+    done: asyncio.Future[bool] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class MilvusCache:
@@ -66,7 +76,8 @@ class MilvusCache:
         self._ttl_seconds = ttl_seconds
         self._metrics = metrics
         self._recent = MemoryCache(RECENT_ENTRIES, eviction_policy, dimension)
-        self._queue: asyncio.Queue[Entry] = asyncio.Queue(QUEUED_ENTRIES)
+        self._deleted: cachetools.TTLCache[str, bool] = cachetools.TTLCache(QUEUED_ENTRIES, STALE_SECONDS)
+        self._queue: asyncio.Queue[Entry | _Deletion] = asyncio.Queue(QUEUED_ENTRIES)
         self._client = AsyncMilvusClient(**connection_arguments(settings))
         self._open = asyncio.Event()
         self._broken = asyncio.Event()
@@ -77,7 +88,7 @@ class MilvusCache:
             task.add_done_callback(self._ended)
 
     async def get(self, key: str) -> Entry | None:
-        if recent := await self._recent.get(key):
+        if (recent := await self._recent.get(key)) or key in self._deleted:
             return recent
         wanted = f'key == "{key}" and expires_at > {int(time.time())}'
         rows = await self._ask(self._client.query, filter=wanted, output_fields=[*RESERVED_FIELDS, self._vector])
@@ -97,17 +108,37 @@ class MilvusCache:
         for candidate in found:
             if candidate["distance"] < max(threshold, recent.similarity if recent else threshold):
                 break
-            entry = await self._recent.get(candidate["entity"]["key"]) or self._entry(candidate["entity"])
-            if entry is not None:  # the process's own version is the newer one
+            entry = await self._newest(candidate["entity"])
+            if entry is not None:
                 return Hit(entry, float(candidate["distance"]))
         return recent
 
+    async def _newest(self, row: dict[str, Any]) -> Entry | None:
+        """The entry in a row, or the process's own version of it, which is the newer one; None when it is deleted."""
+        if (recent := await self._recent.get(row["key"])) or row["key"] in self._deleted:
+            return recent
+        return self._entry(row)
+
     def put(self, entry: Entry) -> None:
         self._recent.put(entry)
+        self._deleted.pop(entry.key, None)
         try:
             self._queue.put_nowait(entry)
         except asyncio.QueueFull:
             self._metrics.stores.labels("dropped").inc()
+
+    async def delete(self, key: str) -> None:
+        await self._recent.delete(key)
+        self._deleted[key] = True
+        deletion = _Deletion(key)
+        try:
+            self._queue.put_nowait(deletion)  # after what is still being written
+            async with asyncio.timeout(DELETE_SECONDS if self._open.is_set() else 0):
+                is_done = await deletion.done
+        except (asyncio.QueueFull, TimeoutError) as error:
+            raise CacheUnavailable(self._why) from error
+        if not is_done:
+            raise CacheUnavailable(self._why)
 
     async def check(self) -> None:
         try:
@@ -120,7 +151,7 @@ class MilvusCache:
             async with asyncio.timeout(DRAIN_SECONDS if self._open.is_set() else 0):
                 await self._queue.join()
         if left := self._queue.qsize():
-            log.warning("milvus: %d answers were not written", left)
+            log.warning("milvus: %d answers were not written or deleted", left)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -231,7 +262,7 @@ class MilvusCache:
 
     async def _write(self) -> None:
         while True:
-            batch = [await self._queue.get()]
+            batch: list[Entry | _Deletion] = [await self._queue.get()]
             while len(batch) < BATCH_ENTRIES and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             await self._open.wait()
@@ -239,8 +270,26 @@ class MilvusCache:
             for _ in batch:
                 self._queue.task_done()
 
-    async def _write_batch(self, batch: list[Entry]) -> None:
-        rows = [self._row(entry) for entry in batch]
+    async def _write_batch(self, batch: list[Entry | _Deletion]) -> None:
+        last = {item.key: item for item in batch}.values()
+        await self._upsert([item for item in last if isinstance(item, Entry)])
+        await self._erase([item.key for item in last if isinstance(item, _Deletion)])
+        for item in batch:
+            if isinstance(item, _Deletion) and not item.done.done():
+                item.done.set_result(self._open.is_set())
+
+    async def _erase(self, keys: list[str]) -> None:
+        if not keys:
+            return
+        try:
+            seconds = self._settings.connection.timeout
+            async with asyncio.timeout(seconds):
+                await self._client.delete(self._collection, ids=keys, timeout=seconds)
+        except _FAILURES as error:
+            self._fail(error)
+
+    async def _upsert(self, entries: list[Entry]) -> None:
+        rows = [self._row(entry) for entry in entries]
         fitting = [row for row in rows if _fits(row)]
         self._count("too_large", len(rows) - len(fitting))
         if not fitting:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from gateway.answer import Answer, Assembly, Identity, completion, events, from_completion, is_usage_only
+from gateway.answer import Answer, ChunkAssembly, Identity, completion, events, from_completion, is_usage_only
 from gateway.sse import DONE, FrameSplitter, data
 
 FUZZ = settings(database=None, deadline=None, derandomize=True, max_examples=100)
@@ -67,7 +67,7 @@ STREAM = [ROLE, chunk({"content": "Sun"}), chunk({"content": " and wind."}), END
 
 
 def assembled(chunks: list[Any], last: bytes | None = b"[DONE]") -> Answer | None:
-    assembly = Assembly()
+    assembly = ChunkAssembly()
     for each in chunks:
         assembly.add(each if isinstance(each, bytes) else json.dumps(each).encode())
     if last is not None:
@@ -76,7 +76,7 @@ def assembled(chunks: list[Any], last: bytes | None = b"[DONE]") -> Answer | Non
 
 
 def from_stream(stream: bytes) -> Answer | None:
-    assembly = Assembly()
+    assembly = ChunkAssembly()
     for frame in FrameSplitter().feed(stream):
         assembly.add(data(frame))
     return assembly.answer()
@@ -236,7 +236,7 @@ def test_a_stream_that_goes_on_after_its_end() -> None:
 
 
 def test_a_stream_that_is_too_long() -> None:
-    assembly = Assembly()
+    assembly = ChunkAssembly()
     for _ in range(17):
         assembly.add(json.dumps(chunk({"content": "x" * 1024 * 1024})).encode())
     for last in (END, COUNT):
@@ -269,7 +269,7 @@ def check_that_it_can_be_replayed(answer: Answer | None) -> None:
     if answer is not None:
         assert answer.usage is None or isinstance(answer.usage, dict)
         assert from_completion(completion(answer, NEW)) is not None
-        assert from_stream(events(answer, NEW, include_usage=True)) is not None
+        assert from_stream(events(answer, NEW, True)) is not None
 
 
 @FUZZ
@@ -314,7 +314,7 @@ def test_a_replay_has_the_form_that_openais_client_expects(answer: Answer) -> No
 @pytest.mark.parametrize("include_usage", [True, False])
 @pytest.mark.parametrize("answer", [ANSWER, THOUGHT])
 def test_a_replayed_stream_has_the_form_that_openais_client_expects(answer: Answer, include_usage: bool) -> None:
-    stream = events(answer, NEW, include_usage=include_usage)
+    stream = events(answer, NEW, include_usage)
     frames = FrameSplitter().feed(stream)
     assert b"".join(frames) == stream
     assert frames.pop() == DONE
@@ -344,7 +344,7 @@ def test_an_answer_comes_back_from_any_form(beside: dict[str, str], content: str
     answer = Answer("m", {"role": "assistant", "content": content, **beside}, "stop", usage)
     raw = completion(answer, NEW)
     assert from_completion(raw) == answer
-    assert from_stream(events(answer, NEW, include_usage=True)) == answer
+    assert from_stream(events(answer, NEW, True)) == answer
     once = from_completion(raw)
     assert once is not None
     assert completion(once, NEW) == raw

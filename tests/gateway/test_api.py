@@ -349,7 +349,7 @@ def test_route_decides_and_asks_nobody(gateway: Server, stub: Server) -> None:
     likeliest = max(described["category_scores"], key=described["category_scores"].get)
     assert described["category"] in {likeliest, "other"}  # when it abstains
     assert described["quality"] == {}
-    assert described["reason"] == "the condition of the rule holds"
+    assert described["reason"] == "its rule holds (keyword 'step by step')"
     named = httpx.post(f"{gateway.url}/v1/route", json={**body, "model": "smollm2-small"}).json()
     assert (named["rule"], named["model"]) == ("named", "smollm2-small")
 
@@ -439,9 +439,9 @@ def test_a_silent_endpoint_is_given_up_and_not_asked_twice(
     gateway = start_gateway(
         {
             "triton": stack.config_tree["triton"],
-            "models": models(stub.url, stub.url + "/"),
+            "models": models(stub.url, stub.url.replace("127.0.0.1", "localhost")),
             "semantic_cache": {"enabled": False},
-            "upstream": {"idle_timeout_seconds": 0.2},
+            "upstream": {"idle_timeout_seconds": 0.2, "timeout_retry_share": 0},
         }
     )
     fail(stub, "slow")

@@ -72,6 +72,22 @@ def test_entries_expire(stack, stub, start_gateway, backend) -> None:  # type: i
     assert chat(gateway.url, "What is a fjord?").headers["x-fingerpost-cache"] == "miss"
 
 
+def test_a_bad_answer_leaves_the_cache(stack, stub, start_gateway, backend) -> None:  # type: ignore[no-untyped-def]
+    gateway = start(stack, stub, start_gateway, backend)
+    question, close = "How long is the Sognefjord?", "What is the length of the Sognefjord?"
+    first = chat(gateway.url, question)
+    time.sleep(2)  # for the write, which is off the request path
+    verdict = {"id": first.headers["x-request-id"], "good": False}
+    told = httpx.post(f"{gateway.url}/v1/feedback", json=verdict, headers={"Authorization": "Bearer test-token"})
+    assert told.json()["evicted"] is True
+    kept = {"x-fingerpost-cache-control": "no-store"}
+    outcomes = [chat(gateway.url, text, headers=kept).headers["x-fingerpost-cache"] for text in (question, close)]
+    assert outcomes == ["miss", "miss"]
+    second = chat(gateway.url, question)
+    assert chat(gateway.url, question).headers["x-fingerpost-cache"] == "hit-exact"
+    assert content(second) != content(first)
+
+
 @pytest.mark.parametrize("backend", ["milvus", "milvus-lite"], indirect=True)
 def test_a_second_start_keeps_the_cache(stack, stub, start_gateway, backend) -> None:  # type: ignore[no-untyped-def]
     first = start(stack, stub, start_gateway, backend)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from gateway.config import Config, ConfigError, Milvus, check_against, load
+from gateway.config import Config, ConfigError, Endpoint, Milvus, check_against, load
 from gateway.policy import Prompt, holds
 
 ROOT = Path(__file__).parents[2]
@@ -218,7 +218,69 @@ def test_what_is_left_out_has_a_default() -> None:
 
 def test_an_address_ends_without_a_slash() -> None:
     config = load_text(with_value(SMALL, "models[0].endpoints[0]", "https://vllm.example/serve/"))
-    assert config.models[0].endpoints == ("https://vllm.example/serve",)
+    assert config.models[0].endpoints == (Endpoint(url="https://vllm.example/serve"),)
+
+
+def test_endpoints_with_weights_and_fallbacks() -> None:
+    text = with_value(SMALL, "models[1].endpoints[1]", {"url": "http://127.0.0.1:8002/", "weight": 2.5})
+    config = load_text(with_value(text, "models[0].fallback", ["large"]))
+    large = config.models[1]
+    assert [(endpoint.url, endpoint.weight) for endpoint in large.endpoints] == [
+        ("http://127.0.0.1:8001", 1),
+        ("http://127.0.0.1:8002", 2.5),
+    ]
+    assert config.fallbacks(config.models[0]) == (large,)
+    assert config.fallbacks(large) == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("models[0].endpoints[0]", {"weight": 2}, "models[0].endpoints[0].url: missing key"),
+        ("models[0].endpoints[0]", {"url": "127.0.0.1", "weight": 2}, "models[0].endpoints[0].url: must be an http://"),
+        ("models[0].endpoints[0]", {"url": "http://h/v1"}, "models[0].endpoints[0].url: leave out /v1"),
+        ("models[0].endpoints[0]", {"url": "http://h", "x": 2}, "models[0].endpoints[0].x: unknown key (got 2)"),
+        ("models[1].endpoints[1]", "http://127.0.0.1:8001/", "models[1].endpoints[1]: is given twice"),
+        ("models[0].fallback", ["medium"], "models[0].fallback[0]: unknown model (known: small, large)"),
+        ("models[0].fallback", ["small"], "models[0].fallback[0]: is the model itself"),
+        ("models[0].fallback", ["large", "large"], "models[0].fallback[1]: is given twice"),
+        ("models[0].fallback", "large", "models[0].fallback: "),
+        ("upstream.ejection.minutes", 1, "upstream.ejection.minutes: unknown key (got 1)"),
+        ("upstream.health_check.path", "health", "upstream.health_check.path: "),
+    ],
+)
+def test_endpoints_and_fallbacks_that_cannot_be_meant(key: str, value: object, problem: str) -> None:
+    (line,) = problems(with_value(SMALL, key, value))
+    assert line.startswith(f"config.yaml: {problem}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("models[0].endpoints[0].weight", 0),
+        ("models[0].endpoints[0].weight", 1001),
+        ("models[0].endpoints[0].weight", True),
+        ("models[0].endpoints[0].weight", float("nan")),
+        ("upstream.first_byte_timeout_seconds", 0),
+        ("upstream.total_timeout_seconds", float("inf")),
+        ("upstream.retries", -1),
+        ("upstream.retries", 1.5),
+        ("upstream.retry_statuses[0]", 429),
+        ("upstream.retry_statuses[0]", 600),
+        ("upstream.timeout_retry_share", 1.1),
+        ("upstream.max_wait_seconds", -1),
+        ("upstream.max_answer_bytes", 0),
+        ("upstream.health_check.interval_seconds", 0),
+        ("upstream.health_check.timeout_seconds", "long"),
+        ("upstream.ejection.consecutive_failures", 0),
+        ("upstream.ejection.seconds", -5),
+        ("upstream.ejection.max_share", 2),
+    ],
+)
+def test_a_wrong_value_for_endpoints_and_upstream(key: str, value: object) -> None:
+    text = with_value(SMALL, "models[0].endpoints[0]", {"url": "http://127.0.0.1:8000"})
+    (line,) = problems(with_value(with_value(text, "upstream.retry_statuses", [502]), key, value))
+    assert line.startswith(f"config.yaml: {key}: ")
 
 
 def test_a_loaded_value_never_changes() -> None:
@@ -369,7 +431,7 @@ def test_a_policy_that_names_an_unknown_model(key: str) -> None:
 
 
 def test_a_rule_says_who_answers() -> None:
-    expected = ["config.yaml: policy.rules[0].model: missing key (or cheapest_within instead)"]
+    expected = ["config.yaml: policy.rules[0].model: missing key (or cheapest_within, or share instead)"]
     assert problems(without(SMALL, "policy.rules[0].model")) == expected
 
 
@@ -390,7 +452,7 @@ def test_a_choice_among_an_unknown_model() -> None:
 
 
 def test_a_choice_needs_no_condition() -> None:
-    when = load_text(CHEAPEST).policy.rules[0].when
+    when = load_text(CHEAPEST).aliases["auto"].rules[0].when
     assert holds(when, Prompt("", 0, None, None))
 
 
@@ -656,7 +718,7 @@ def test_the_three_tiers_of_the_documentation() -> None:
 def test_a_variable_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_HOST", "vllm.example")
     text = with_value(SMALL, "models[0].endpoints[0]", "http://${VLLM_HOST}:${VLLM_PORT:-8000}/x")
-    assert load_text(text).models[0].endpoints == ("http://vllm.example:8000/x",)
+    assert load_text(text).models[0].endpoints == (Endpoint(url="http://vllm.example:8000/x"),)
 
 
 def test_a_variable_can_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -760,3 +822,148 @@ def test_a_models_secret_is_never_shown(text: str) -> None:
 def test_a_milvus_password_is_never_shown(milvus: str) -> None:
     Path("milvus.yaml").write_text(milvus)
     assert "hunter2" not in shown(WITH_MILVUS)
+
+
+# Policies
+
+
+def test_several_policies() -> None:
+    tree = yaml.safe_load(SMALL)
+    tree["policies"] = {"auto-cheap": {"default": "small"}, "auto-best": {"default": "large"}}
+    config = load_text(yaml.safe_dump(tree))
+    assert list(config.aliases) == ["auto", "auto-cheap", "auto-best"]
+    assert config.aliases["auto"] is config.policy
+    del tree["policy"]
+    assert list(load_text(yaml.safe_dump(tree)).aliases) == ["auto-cheap", "auto-best"]
+
+
+def with_policies(**policies: Any) -> str:
+    tree = yaml.safe_load(SMALL)
+    tree["policies"] = {name.replace("_", "-"): policy for name, policy in policies.items()}
+    return yaml.safe_dump(tree)
+
+
+@pytest.mark.parametrize(
+    ("policies", "expected"),
+    [
+        ({"auto": {"default": "small"}}, "policies.auto: is given twice: policy is its short form"),
+        ({"small": {"default": "small"}}, "models[0].name: is the gateway's own; choose another name (got 'small')"),
+        (
+            {"auto_cheap": {"default": "huge"}},
+            "policies.auto-cheap.default: unknown model (known: small, large) (got 'huge')",
+        ),
+        ({"auto_cheap": {}}, "policies.auto-cheap.default: missing key"),
+        (
+            {
+                "auto_cheap": {
+                    "default": "small",
+                    "rules": [{"name": "x", "when": {"alias": ["auto-dear"]}, "model": "small"}],
+                }
+            },
+            "policies.auto-cheap.rules[0].when.alias: unknown alias (known: auto, auto-cheap) (got 'auto-dear')",
+        ),
+    ],
+)
+def test_policies_that_cannot_be(policies: dict[str, Any], expected: str) -> None:
+    assert problems(with_policies(**policies)) == [f"config.yaml: {expected}"]
+
+
+RULE = "policy.rules[0]"
+
+
+def with_rule(rule: dict[str, Any]) -> str:
+    return with_value(SMALL, RULE, {"name": "r", **rule})
+
+
+@pytest.mark.parametrize(
+    ("when", "expected"),
+    [
+        ({"min_confidence": 0.5}, "when: min_confidence goes with category"),
+        ({"min_confidence": 0.5, "keywords": ["x"]}, "when: min_confidence goes with category"),
+        ({"category": ["math"], "min_confidence": 1.5}, "when.min_confidence: Input should be less than or equal to 1"),
+        ({"tenant": ["acme"]}, "when.tenant: unknown tenant (known: none) (got 'acme')"),
+        ({"all": [{"not": {"tenant": ["acme"]}}]}, "when.all[0].not.tenant: unknown tenant (known: none) (got 'acme')"),
+        ({"any": [{"keywords": ["x"]}, {}]}, "when.any[1]: needs at least one of"),
+        ({"not": {}}, "when.not: needs at least one of"),
+        ({"negated": {"keywords": ["x"]}}, "when.negated: unknown key"),
+        ({"regex": ["(a+)+"]}, "when.regex[0]: may take too long"),
+        ({"regex": ["("]}, "when.regex[0]: is not a regular expression"),
+        ({"has_tools": "perhaps"}, "when.has_tools: Input should be a valid boolean"),
+    ],
+)
+def test_conditions_that_cannot_be(when: dict[str, Any], expected: str) -> None:
+    (line,) = problems(with_rule({"when": when, "model": "large"}))
+    assert line.startswith(f"config.yaml: {RULE}.{expected}")
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ({"share": {"model": "huge", "at_most": 0.3}}, "share.model: unknown model (known: small, large) (got 'huge')"),
+        (
+            {"share": {"model": "small", "at_most": 0.3}},
+            "share.model: is the default, too, so that its share has no limit (got 'small')",
+        ),
+        ({"share": {"model": "large", "at_most": 0}}, "share.at_most: Input should be greater than 0 (got 0)"),
+        ({"share": {"model": "large", "at_most": 1}}, "share.at_most: Input should be less than 1 (got 1)"),
+        (
+            {"share": {"model": "large", "at_most": 0.3, "half_life": 99}},
+            "share.half_life: Input should be greater than or equal to 100 (got 99)",
+        ),
+        ({"share": {"model": "large", "at_most": 0.3}, "model": "large"}, "share: cannot stand beside model"),
+        ({"model": "large", "max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1 (got 0)"),
+        ({"model": "large", "reasoning_effort": "much"}, "reasoning_effort: Input should be 'none', 'minimal'"),
+        ({"model": "large", "system_prompt": {}}, "system_prompt: needs one of prepend, replace"),
+        (
+            {"model": "large", "system_prompt": {"prepend": "a", "replace": "b"}},
+            "system_prompt: needs one of prepend, replace",
+        ),
+        ({"model": "large", "system_prompt": "Be kind."}, "system_prompt: Input should be a valid dictionary"),
+        (
+            {"model": "large", "chat_template_kwargs": {"x": float("nan")}},
+            "chat_template_kwargs: must be what JSON can say",
+        ),
+        ({"model": "large", "chat_template_kwargs": {"x": 2**70}}, "chat_template_kwargs: must be what JSON can say"),
+    ],
+)
+def test_rules_that_cannot_be(rule: dict[str, Any], expected: str) -> None:
+    (line,) = problems(with_rule(rule))
+    assert line.startswith(f"config.yaml: {RULE}.{expected}")
+
+
+def test_two_shares_of_one_model() -> None:
+    tree = yaml.safe_load(SMALL)
+    share = {"model": "large", "at_most": 0.3}
+    tree["policy"]["rules"] = [{"name": "a", "share": share}, {"name": "b", "share": share}]
+    expected = "policy.rules[1].share.model: has its share from another rule (got 'large')"
+    assert problems(yaml.safe_dump(tree)) == [f"config.yaml: {expected}"]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"share": {"model": "large", "at_most": 0.3}},
+        {"model": "small", "max_tokens": 100},
+        {"model": "small", "chat_template_kwargs": {"enable_thinking": False, "x": [1, {"y": None}]}},
+    ],
+)
+def test_rules_that_need_no_condition(rule: dict[str, Any]) -> None:
+    config = load_text(with_rule(rule))
+    assert config.policy is not None
+    assert config.policy.rules[0].name == "r"
+
+
+def test_a_condition_nested_without_end_is_refused() -> None:
+    nested: dict[str, Any] = {"keywords": ["x"]}
+    for _ in range(300):
+        nested = {"not": nested}
+    assert problems(with_rule({"when": nested, "model": "large"}))
+
+
+def test_unknown_categories_within_conditions() -> None:
+    nested = {"any": [{"category": ["math"]}, {"not": {"category": ["maths"]}}]}
+    config = load_text(with_rule({"when": nested, "model": "large"}))
+    with pytest.raises(ConfigError) as caught:
+        check_against(config, LABELS, 384)
+    assert f"config.yaml: {RULE}.when.any[1].not.category: unknown category" in str(caught.value)
+    assert "(got 'maths')" in str(caught.value)

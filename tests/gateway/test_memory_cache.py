@@ -315,3 +315,16 @@ def test_two_thousand_operations_as_the_reference_does_them(policy: EvictionPoli
         asyncio.run(operate())
         assert len(cache) == len(reference.entries) <= 8
     assert min(seen.values()) > 100, seen
+
+
+def test_what_is_deleted_is_gone(cache: MemoryCache) -> None:
+    for key, degrees in (("a", 0), ("b", 5), ("c", 90)):
+        cache.put(entry(key, degrees))
+    asyncio.run(cache.delete("a"))
+    asyncio.run(cache.delete("nobody"))
+    assert kept(cache, "abc") == "bc"
+    assert found(cache, 0) == "b"
+    assert len(cache) == 2
+    cache.put(entry("a"))
+    cache.put(entry("d", 120))
+    assert len(cache) == 3

@@ -1,0 +1,383 @@
+"""The forms in which an answer may be asked for and given: what the gateway reads, keeps and replays of each; no I/O.
+
+A request is sent on in the form it came in, to the same path of the model's endpoint; the answer comes back byte for
+byte. What is here serves the reading (a body of any form is seen as a chat) and the cache, which holds answers that are
+one text, ended by the model itself. No entry is shared between two forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from gateway import answer as answers
+from gateway import sse
+from gateway.answer import Answer, Assembly, ChunkAssembly, Identity
+from gateway.errors import BadRequest
+from gateway.request import Body, View, beside, chat_view, checked_messages, typed
+
+# What an answer says of the one generation it came from.
+PASSING_FIELDS = ("metrics", "kv_transfer_params", "ec_transfer_params")
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One form of asking and answering; its path is that of the gateway and of the model's endpoint."""
+
+    path: str
+    view: Callable[[Body], View]  # what a body asks; raises BadRequest
+    whole: Callable[[bytes], Answer | None]  # the answer in a body; None when it may not be kept
+    assembly: Callable[[], Assembly]  # what puts the answer together from a stream
+    replay: Callable[[Answer, Identity], bytes]  # a kept answer as a body
+    stream: Callable[[Answer, Identity, bool], bytes]  # and as a stream, with its usage in the end if that is asked for
+    id_prefix: str
+    asks_usage: bool  # a stream tells its usage only when `stream_options` asks for it
+
+
+# Completions: a prompt, and the text that goes on with it
+
+
+def completions_view(body: Body) -> View:
+    text, uncacheable = _prompt(body)
+    turns = [{"role": "user", "content": text}]
+    return View(turns, ["completions", *beside(body, "prompt", turns)], uncacheable)
+
+
+def _prompt(body: Body) -> tuple[str, str | None]:
+    """The text of the prompt, "" when it is not text, and why the answer may not be kept."""
+    prompt = body.get("prompt")
+    if isinstance(prompt, str):
+        return prompt, None
+    if prompt is None and body.get("prompt_embeds") is not None:
+        return "", "the prompt is not text"
+    if not isinstance(prompt, list) or not prompt:
+        words = "is required" if prompt is None else "must be a string or a non-empty array"
+        raise BadRequest(f"prompt {words}", param="prompt")
+    if all(isinstance(part, str) for part in prompt):
+        return "\n".join(prompt), "the prompt is not one string"
+    if all(map(_is_token, prompt)) or all(isinstance(part, list) and all(map(_is_token, part)) for part in prompt):
+        return "", "the prompt is not text"
+    raise BadRequest("prompt must hold strings, or tokens, or arrays of tokens", param="prompt")
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _text_delta(choice: dict[str, Any]) -> dict[str, Any]:
+    return {"content": choice.get("text")}
+
+
+def from_text_completion(raw: bytes) -> Answer | None:
+    match _loaded(raw):
+        case {"model": str(model), "choices": [{"text": str(text), "finish_reason": "stop"}], **rest}:
+            return answers.whole(model, {"content": text}, rest.get("usage"))
+    return None
+
+
+def text_completion(answer: Answer, new: Identity) -> bytes:
+    choice = {"index": 0, "text": answer.message["content"], "logprobs": None, "finish_reason": answer.finish_reason}
+    return orjson.dumps({**_completion_envelope(answer, new), "choices": [choice], "usage": answer.usage})
+
+
+def text_completion_stream(answer: Answer, new: Identity, include_usage: bool) -> bytes:
+    envelope = _completion_envelope(answer, new)
+    parts = [(answer.message["content"], None), ("", answer.finish_reason)]
+    chunks: list[dict[str, Any]] = [
+        {**envelope, "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": reason}]}
+        for text, reason in parts
+    ]
+    if include_usage:
+        chunks.append({**envelope, "choices": [], "usage": answer.usage})
+    return b"".join(sse.event(orjson.dumps(chunk)) for chunk in chunks) + sse.DONE
+
+
+def _completion_envelope(answer: Answer, new: Identity) -> dict[str, Any]:
+    return {"id": new.id, "object": "text_completion", "created": new.created, "model": answer.model}
+
+
+# Responses: items in, items out; an answer that is kept is the whole object, whose output is one message of one text
+
+
+def responses_view(body: Body) -> View:
+    instructions = typed(body, "instructions", str, "a string")
+    given = body.get("input")
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    if not isinstance(items, list) or not items:
+        words = "is required" if given is None else "must be a string or a non-empty array of items"
+        raise BadRequest(f"input {words}", param="input")
+    turns = [_turn(item, f"input[{i}]") for i, item in enumerate(items)]
+    system = [{"role": "system", "content": instructions}] if instructions else []
+    return View([*system, *turns], ["responses", *beside(body, "input", items)], _stateful(body))
+
+
+def _stateful(body: Body) -> str | None:
+    """Why the answer is more than its text: what asks vLLM to keep something, or to go on with what it kept."""
+    for key in ("previous_response_id", "conversation", "background", "store", "enable_response_messages"):
+        if body.get(key):
+            return f"{key} is asked for"
+    return None
+
+
+def _turn(item: object, path: str) -> Body:
+    """An item of the input as a message of a chat."""
+    if not isinstance(item, dict):
+        raise BadRequest(f"{path} is not an object", param=path)
+    kind = typed(item, "type", str, "a string", f"{path}.") or "message"
+    if kind == "message":
+        role = typed(item, "role", str, "a string", f"{path}.", required=True)
+        return {"role": role, "content": _content(item.get("content"), f"{path}.content")}
+    output = item.get("output")
+    role = "tool" if kind.endswith("_output") else "assistant"
+    return {"role": role, "content": output if isinstance(output, str) else None}
+
+
+def _content(content: object, path: str) -> str | list[Body]:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise BadRequest(f"{path} must be a string or an array of parts", param=path)
+    return [_part(part, f"{path}[{i}]") for i, part in enumerate(content)]
+
+
+def _part(part: object, path: str) -> Body:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise BadRequest(f"{path} must be an object with a type", param=path)
+    if part["type"] not in ("input_text", "output_text", "text"):
+        return {"type": part["type"]}
+    return {"type": "text", "text": typed(part, "text", str, "a string", f"{path}.", required=True)}
+
+
+def from_response(raw: bytes) -> Answer | None:
+    return _response(_loaded(raw))
+
+
+def _response(response: object) -> Answer | None:
+    """The answer in a response object. Its `message` is all of the object."""
+    match response:
+        case {
+            "object": "response",
+            "status": "completed",
+            "model": str(model),
+            "output": [{"type": "message", "role": "assistant", "content": [part]}],
+            **rest,
+        } if _is_text(part, "output_text"):
+            kept = {key: value for key, value in response.items() if key not in PASSING_FIELDS}
+            return Answer(model, kept, "completed", answers.figures(rest.get("usage"))) if _can_be_kept(kept) else None
+    return None
+
+
+def _can_be_kept(response: Body) -> bool:
+    try:
+        return len(orjson.dumps(response)) <= answers.MAX_ANSWER_CHARACTERS
+    except orjson.JSONEncodeError:  # nested more deeply than orjson writes
+        return False
+
+
+class ResponseAssembly(Assembly):
+    """The event that ends the stream holds all of the answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._response: object = None
+
+    def _fold(self, event: dict[str, Any]) -> bool:
+        if event.get("type") == "response.completed" and not self.done:
+            self._response, self.done = event.get("response"), True
+        return isinstance(event.get("type"), str) and event["type"] not in ("error", "response.failed")
+
+    def _whole(self) -> Answer | None:
+        return _response(self._response)
+
+
+def response(answer: Answer, new: Identity) -> bytes:
+    return orjson.dumps(_renewed(answer, new))
+
+
+def _renewed(answer: Answer, new: Identity) -> Body:
+    """The response object as a new one."""
+    item = {**answer.message["output"][0], "id": "msg_" + new.id.removeprefix(RESPONSES.id_prefix)}
+    return {**answer.message, "id": new.id, "created_at": new.created, "output": [item]}
+
+
+def response_stream(answer: Answer, new: Identity, include_usage: bool) -> bytes:
+    whole = _renewed(answer, new)
+    begun = {**whole, "status": "in_progress", "output": [], "usage": None}
+    (item,) = whole["output"]
+    (part,) = item["content"]
+    at_item: Body = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+    events: list[tuple[str, Body]] = [
+        ("response.created", {"response": begun}),
+        ("response.in_progress", {"response": begun}),
+        ("response.output_item.added", {"output_index": 0, "item": {**item, "status": "in_progress", "content": []}}),
+        ("response.content_part.added", {**at_item, "part": {**part, "text": ""}}),
+        ("response.output_text.delta", {**at_item, "delta": part["text"], "logprobs": []}),
+        ("response.output_text.done", {**at_item, "text": part["text"], "logprobs": []}),
+        ("response.content_part.done", {**at_item, "part": part}),
+        ("response.output_item.done", {"output_index": 0, "item": item}),
+        ("response.completed", {"response": whole}),
+    ]
+    return b"".join(
+        sse.event(orjson.dumps({"type": name, "sequence_number": i, **fields}), name)
+        for i, (name, fields) in enumerate(events)
+    )
+
+
+# Messages: Anthropic's form
+
+
+def messages_view(body: Body) -> View:
+    system = body.get("system")
+    if system is not None:
+        system = _content(system, "system")
+    messages = checked_messages(body)
+    before = [{"role": "system", "content": system}] if system else []
+    return View([*before, *messages], ["messages", *beside(body, "messages", messages)])
+
+
+def from_message(raw: bytes) -> Answer | None:
+    match _loaded(raw):
+        case {
+            "type": "message",
+            "role": "assistant",
+            "model": str(model),
+            "content": [part],
+            "stop_reason": "end_turn",
+            "usage": dict(usage),
+        } if _is_text(part, "text"):
+            return _message(model, part["text"], usage)
+    return None
+
+
+def _message(model: str, text: str, usage: Body) -> Answer | None:
+    answer = answers.whole(model, {"content": text}, usage, "end_turn")
+    told = answer is not None and answer.prompt_tokens is not None and answer.completion_tokens is not None
+    return answer if told else None  # a message without its usage is none that a client takes
+
+
+class MessageAssembly(Assembly):
+    def __init__(self) -> None:
+        super().__init__()
+        self._model: str | None = None
+        self._text: list[str] = []
+        self._usage: Body = {}
+        self._stop_reason: object = None
+
+    def _fold(self, event: dict[str, Any]) -> bool:
+        match event:
+            case {"type": "message_start", "message": {"model": str(model), "content": [], "usage": dict(usage)}}:
+                known, self._model = self._model, model
+                self._usage |= usage
+                return known is None
+            case {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": str(text)}}:
+                self._text.append(text)
+                return self._stop_reason is None
+            case {"type": "message_delta", "delta": {"stop_reason": reason}, "usage": dict(usage)}:
+                self._stop_reason = reason
+                self._usage |= {key: value for key, value in usage.items() if value is not None}
+            case {"type": "message_stop"}:
+                self.done = True
+            case {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}:
+                return not self._text
+            case {"type": "content_block_stop" | "ping"}:
+                pass
+            case _:
+                return False
+        return True
+
+    def _whole(self) -> Answer | None:
+        if self._model is None or self._stop_reason != "end_turn":
+            return None
+        return _message(self._model, "".join(self._text), self._usage)
+
+
+def message(answer: Answer, new: Identity) -> bytes:
+    content = [{"type": "text", "text": answer.message["content"]}]
+    return orjson.dumps(_message_object(answer, new, content, answer.finish_reason, answer.usage))
+
+
+def _message_object(answer: Answer, new: Identity, content: list[Body], reason: str | None, usage: Body | None) -> Body:
+    start = {"id": new.id, "type": "message", "role": "assistant", "content": content, "model": answer.model}
+    return {**start, "stop_reason": reason, "stop_sequence": None, "usage": usage}
+
+
+def message_stream(answer: Answer, new: Identity, include_usage: bool) -> bytes:
+    begun = _message_object(answer, new, [], None, {**(answer.usage or {}), "output_tokens": 0})
+    end = {"stop_reason": answer.finish_reason, "stop_sequence": None}
+    events: list[Body] = [
+        {"type": "message_start", "message": begun},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {
+            "type": "content_block_delta",
+            "index": 0,
+            "delta": {"type": "text_delta", "text": answer.message["content"]},
+        },
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": end, "usage": answer.usage},
+        {"type": "message_stop"},
+    ]
+    return b"".join(sse.event(orjson.dumps(event), event["type"]) for event in events)
+
+
+# What they share
+
+
+def _loaded(raw: bytes) -> object:
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _is_text(part: object, kind: str) -> bool:
+    """Whether a part is text and nothing beside."""
+    if not isinstance(part, dict):
+        return False
+    told = answers.telling(part)
+    return told.keys() == {"type", "text"} and told["type"] == kind and isinstance(told["text"], str)
+
+
+CHAT = Form(
+    path="/v1/chat/completions",
+    view=chat_view,
+    whole=answers.from_completion,
+    assembly=ChunkAssembly,
+    replay=answers.completion,
+    stream=answers.events,
+    id_prefix="chatcmpl-",
+    asks_usage=True,
+)
+COMPLETIONS = Form(
+    path="/v1/completions",
+    view=completions_view,
+    whole=from_text_completion,
+    assembly=lambda: ChunkAssembly(_text_delta),
+    replay=text_completion,
+    stream=text_completion_stream,
+    id_prefix="cmpl-",
+    asks_usage=True,
+)
+RESPONSES = Form(
+    path="/v1/responses",
+    view=responses_view,
+    whole=from_response,
+    assembly=ResponseAssembly,
+    replay=response,
+    stream=response_stream,
+    id_prefix="resp_",
+    asks_usage=False,
+)
+MESSAGES = Form(
+    path="/v1/messages",
+    view=messages_view,
+    whole=from_message,
+    assembly=MessageAssembly,
+    replay=message,
+    stream=message_stream,
+    id_prefix="msg_",
+    asks_usage=False,
+)
+FORMS = {form.path: form for form in (CHAT, COMPLETIONS, RESPONSES, MESSAGES)}

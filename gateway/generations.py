@@ -1,0 +1,132 @@
+"""The application in the configuration that is in force, and in those before it in which requests are still under way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.routing import Router
+from starlette.types import Receive, Scope, Send
+
+from gateway.app import create_app
+from gateway.config import Config
+from gateway.feedback import Feedback, Verdict
+from gateway.lasting import Lasting
+from gateway.reload import Settings
+
+log = logging.getLogger("fingerpost")
+
+PUBLISH_SECONDS = 1.0  # between two times that a worker writes its gauges where the others find them
+
+
+class Generation:
+    """The application in one configuration, with the clients it has open."""
+
+    def __init__(self, settings: Settings, lasting: Lasting) -> None:
+        self.config = settings.config
+        self._app = create_app(settings.config, settings.contract, lasting)
+        self._state: Mapping[str, Any] = {}
+        self._opened = contextlib.AsyncExitStack()
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def open(self) -> None:
+        self._state = await self._opened.enter_async_context(self._app.router.lifespan_context(self._app))
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"].update(self._state)
+        self._running += 1
+        self._idle.clear()
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    @property
+    def feedback(self) -> Feedback:
+        found = self._state["feedback"]
+        assert isinstance(found, Feedback)
+        return found
+
+    def publish(self) -> None:
+        """Bring its gauges up to date."""
+        self._state["upstream"].publish()
+        self._state["dials"].publish()
+
+    async def finished(self) -> None:
+        """Return when no request is under way in it."""
+        await self._idle.wait()
+
+    async def close(self) -> None:
+        await self._opened.aclose()
+
+
+class Generations:
+    """The ASGI application: each request is answered in the configuration that is in force when it comes in."""
+
+    def __init__(self, settings: Settings, lasting: Lasting) -> None:
+        self._lasting = lasting
+        self._current = Generation(settings, lasting)
+        self._retiring: dict[Generation, asyncio.Task[None]] = {}
+
+    @property
+    def config(self) -> Config:
+        """The one in force."""
+        return self._current.config
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await Router(lifespan=self._lifespan)(scope, receive, send)
+        else:
+            await self._current.answer(scope, receive, send)
+
+    async def change(self, settings: Settings) -> None:
+        """Answer in this configuration from now on. What fails, fails before anything has changed."""
+        new = Generation(settings, self._lasting)
+        await new.open()
+        old, self._current = self._current, new
+        self._lasting.metrics.clear_parts()
+        new.publish()
+        self._retiring[old] = asyncio.create_task(self._retire(old))
+
+    async def _retire(self, generation: Generation) -> None:
+        await generation.finished()
+        await generation.close()
+        del self._retiring[generation]
+        log.info("the last request in an earlier configuration has ended, its clients are closed")
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[Mapping[str, Any]]:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self._close)
+            await self._current.open()
+            if siblings := self._lasting.siblings:
+                await stack.enter_async_context(siblings.answering(self._take))
+                publishing = asyncio.create_task(self._publish())
+                stack.callback(publishing.cancel)
+            yield {"metrics": self._lasting.metrics}
+
+    async def _take(self, tenant: str, verdict: Verdict) -> dict[str, Any]:
+        return await self._current.feedback.take(tenant, verdict)
+
+    async def _close(self) -> None:
+        """Close all; nothing is under way any more, or is no longer waited for."""
+        retiring = dict(self._retiring)
+        for task in retiring.values():
+            task.cancel()
+        await asyncio.gather(*retiring.values(), return_exceptions=True)
+        for generation in (*retiring, self._current):
+            await generation.close()
+        await self._lasting.close()
+
+    async def _publish(self) -> None:
+        while True:
+            self._current.publish()
+            await asyncio.sleep(PUBLISH_SECONDS)

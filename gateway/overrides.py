@@ -1,0 +1,119 @@
+"""What a rule changes in the request that vLLM gets, and that it is no longer the same question; no I/O."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from gateway.config import Overrides, SystemPrompt
+
+Body = dict[str, Any]
+
+CHAT, COMPLETIONS, RESPONSES, MESSAGES = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+)
+# The fields that limit an answer, and the one that is set when the client sets none: without it vLLM has a limit of its
+# own (/v1/completions), or refuses the request (/v1/messages).
+LENGTHS: Mapping[str, tuple[tuple[str, ...], str | None]] = {
+    CHAT: (("max_completion_tokens", "max_tokens"), "max_completion_tokens"),
+    COMPLETIONS: (("max_tokens",), None),
+    RESPONSES: (("max_output_tokens",), "max_output_tokens"),
+    MESSAGES: (("max_tokens",), None),
+}
+SYSTEM_ROLES = ("system", "developer")
+
+
+def output_tokens(body: Body, path: str = CHAT) -> int | None:
+    """The most tokens that a client asks for, as far as it says so in a number."""
+    lengths = (body.get(name) for name in LENGTHS[path][0])
+    return next((int(length) for length in lengths if _is_number(length) and length > 0), None)
+
+
+def applied(body: Body, overrides: Overrides, path: str = CHAT) -> Body:
+    """The body with what the rule says; where both say something, the rule does. Never changes the body given."""
+    changed = dict(body)
+    if overrides.system_prompt is not None:
+        changed |= _with_system(body, overrides.system_prompt, path)
+    if overrides.reasoning_effort is not None:
+        changed |= _with_effort(body, overrides.reasoning_effort, path)
+    if overrides.chat_template_kwargs and path != COMPLETIONS:
+        theirs = body.get("chat_template_kwargs")
+        changed["chat_template_kwargs"] = {**_object(theirs), **overrides.chat_template_kwargs}
+    if overrides.max_tokens is not None:
+        changed |= _with_limit(body, overrides.max_tokens, path)
+    return changed
+
+
+def scope(scope: str, overrides: Overrides) -> str:
+    """The scope of answers to what the rule made of a request: another for all other overrides."""
+    if not overrides.changes:
+        return scope
+    return hashlib.sha256(orjson.dumps([scope, overrides.changes], option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def _with_system(body: Body, prompt: SystemPrompt, path: str) -> Body:
+    if path == COMPLETIONS:
+        return {}
+    if path != CHAT:
+        key = "instructions" if path == RESPONSES else "system"
+        return {key: prompt.replace if prompt.replace is not None else _before(prompt.prepend, body.get(key))}
+    messages = body["messages"]
+    if prompt.replace is not None:
+        rest = [message for message in messages if message["role"] not in SYSTEM_ROLES]
+        return {"messages": [{"role": "system", "content": prompt.replace}, *rest]}
+    first, *rest = messages
+    if first["role"] not in SYSTEM_ROLES:
+        return {"messages": [{"role": "system", "content": prompt.prepend}, *messages]}
+    return {"messages": [{**first, "content": _before(prompt.prepend, first.get("content"))}, *rest]}
+
+
+def _before(text: str | None, content: Any) -> Any:
+    """A system prompt with a text before it; what is not text or parts is left to vLLM, which refuses it."""
+    if content in (None, ""):
+        return text
+    if isinstance(content, str):
+        return f"{text}\n\n{content}"
+    return [{"type": "text", "text": text}, *content] if isinstance(content, list) else content
+
+
+def _with_effort(body: Body, effort: str, path: str) -> Body:
+    if path == CHAT:
+        return {"reasoning_effort": effort}
+    if path == RESPONSES:
+        return {"reasoning": {**_object(body.get("reasoning")), "effort": effort}}
+    if path == COMPLETIONS:
+        return {}
+    return _with_effort_of_messages(body, effort)
+
+
+def _with_effort_of_messages(body: Body, effort: str) -> Body:
+    """Anthropic's form has no effort `none` and no `minimal`: no thinking, and the least there is."""
+    config = {key: value for key, value in _object(body.get("output_config")).items() if key != "effort"}
+    if effort == "none":
+        return {"thinking": {"type": "disabled"}, **({"output_config": config} if "output_config" in body else {})}
+    changed: Body = {"output_config": {**config, "effort": "low" if effort == "minimal" else effort}}
+    if _object(body.get("thinking")).get("type") == "disabled":
+        changed["thinking"] = {"type": "adaptive"}
+    return changed
+
+
+def _with_limit(body: Body, most: int, path: str) -> Body:
+    names, missing = LENGTHS[path]
+    given = [name for name in names if body.get(name) is not None]
+    if not given:
+        return {missing: most} if missing else {}
+    return {name: body[name] if _is_number(body[name]) and body[name] <= most else most for name in given}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _object(value: object) -> Body:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,51 @@
+"""Requests that schemathesis makes from /openapi.json, valid and not: no answer that the document does not tell of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.conftest import Server, StartGateway, Tree, models
+
+schemathesis = pytest.importorskip("schemathesis", reason="comes with the test extra")
+from schemathesis.checks import not_a_server_error  # noqa: E402
+from schemathesis.specs.openapi.checks import (  # noqa: E402
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+CHECKS = [
+    not_a_server_error,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+]
+
+
+@pytest.fixture(scope="module")
+def document(stub: Server, stub_triton: Tree, start_gateway: StartGateway) -> Any:
+    gateway = start_gateway(
+        {
+            "triton": stub_triton,
+            "models": models(stub.url),
+            "policy": {"rules": [], "default": "smollm2-small"},
+            "semantic_cache": {"backend_type": "memory"},
+        }
+    )
+    return schemathesis.openapi.from_url(f"{gateway.url}/openapi.json")
+
+
+schema = schemathesis.pytest.from_fixture("document")
+
+
+@schema.parametrize()
+@settings(max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+def test_every_answer_is_one_of_those_described(case: Any) -> None:
+    case.call_and_validate(checks=CHECKS, timeout=60)

@@ -4,54 +4,57 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
+from importlib import import_module
 
-import uvicorn
-
-from gateway import config as configuration
-from gateway import contract
-from gateway.app import create_app
-from gateway.connection import connections
+from gateway import workers
+from gateway.checked import ConfigError
+from gateway.listening import CannotListen
+from gateway.reload import Settings, Source
 from gateway.tenants import digest, new_key
-
-GRACE_SECONDS = 3  # for streams that run when the gateway is told to stop
 
 
 def main() -> int:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the configuration has been read for the first time
     parser = argparse.ArgumentParser(prog="gateway", description=__doc__)
     parser.add_argument("command", nargs="?", choices=("serve", "key"), default="serve")
     parser.add_argument("--config", default="config/config.yaml", metavar="PATH")
     parser.add_argument("--check", action="store_true", help="only check the configuration")
+    parser.add_argument("--drain-seconds", type=_seconds, metavar="SECONDS", help="instead of listen.drain_seconds")
     arguments = parser.parse_args()
     if arguments.command == "key":
         print_key()
         return 0
+    source = Source(arguments.config, arguments.drain_seconds)
     try:
-        config = configuration.load(arguments.config)
-        found = contract.read(config.triton.model_repository)
-        configuration.check_against(config, found.labels, found.dimension, tuple(found.abilities))
-    except configuration.ConfigError as error:
+        settings = source.read()
+    except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     if arguments.check:
         print(f"{arguments.config}: is fine")
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    uvicorn.run(
-        create_app(config, found),
-        host=config.listen.host,
-        port=config.listen.port,
-        loop="uvloop",
-        http=connections(config.listen),  # type: ignore[arg-type]
-        ws="none",
-        ssl_certfile=config.listen.tls and config.listen.tls.cert_file,
-        ssl_keyfile=config.listen.tls and config.listen.tls.key_file,
-        access_log=False,
-        log_config=None,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-        server_header=False,
-    )
+    return serve(source, settings)
+
+
+def serve(source: Source, settings: Settings) -> int:
+    """The exit status."""
+    try:
+        if settings.config.listen.workers > 1:
+            return workers.serve(source, settings)
+        import_module("gateway.serving").serve(source, settings)  # not needed, and not small, where there are workers
+    except CannotListen as error:
+        print(f"{source.path}: {error}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _seconds(text: str) -> float:
+    if not 0 <= (seconds := float(text)) < float("inf"):
+        raise ValueError
+    return seconds
 
 
 def print_key() -> None:

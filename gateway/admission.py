@@ -46,7 +46,8 @@ class Admitted:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return
         account = ANYBODY
         try:
             account = self._account(scope)
@@ -55,7 +56,8 @@ class Admitted:
             self._count(account, error.code or error.type)
             response = await self._refuse(Request(scope), error)
             response.headers.update(account.headers())
-            return await response(scope, receive, send)
+            await response(scope, receive, send)
+            return
         self._count(account, "admitted")
         scope["state"]["admission"] = admission
         await self._serve(account, admission, scope, receive, send)
@@ -69,9 +71,7 @@ class Admitted:
             return ANYBODY
         return self._tenants.account(scope["headers"])
 
-    async def _serve(
-        self, account: Account, admission: Admission, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def _serve(self, account: Account, admission: Admission, scope: Scope, receive: Receive, send: Send) -> None:
         status = 500  # sent outside of this, when nothing is sent here
 
         async def telling(message: Message) -> None:

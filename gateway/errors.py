@@ -83,7 +83,7 @@ class BodyTooLarge(ApiError):
 
 
 class LimitReached(ApiError):
-    """`kind` is what there is no more of, requests or tokens; `seconds`: until there is. Without, there never will be."""
+    """`kind`: what there is no more of, requests or tokens. `seconds`: until there is; None: there never will be."""
 
     status = 429
     code = "rate_limit_exceeded"

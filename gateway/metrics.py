@@ -44,7 +44,9 @@ class Metrics:
         self.config_seconds = highest("config_seconds", "When the configuration in force was read, since the epoch")
         self.requests = counter("requests", "HTTP requests", ["route", "status"])
         self.ended = counter("connections_ended", "Connections that the gateway ended, by reason", ["reason"])
-        self.tenant_requests = counter("tenant_requests", "Requests by tenant, admitted or why not", ["tenant", "outcome"])
+        self.tenant_requests = counter(
+            "tenant_requests", "Requests by tenant, admitted or why not", ["tenant", "outcome"]
+        )
         self.tenant_tokens = counter("tenant_tokens", "Tokens generated upstream for a tenant", ["tenant"])
         self.cache = counter("cache_outcomes", "Chat requests by what the cache did", ["outcome"])
         self.stores = counter("cache_stores", "Answers by whether Milvus took them", ["outcome"])
@@ -57,7 +59,9 @@ class Metrics:
         self.health_checks = counter("health_checks", "Health checks by what came of them", ["endpoint", "outcome"])
         self.retries = counter("retries", "Requests sent once more, to this model", ["model"])
         self.fallbacks = counter("fallbacks", "Answers of another model than the chosen one", ["model", "fallback"])
-        self.endpoint_state = total("endpoint_state", "Workers that see an endpoint in this state", [*endpoint, "state"])
+        self.endpoint_state = total(
+            "endpoint_state", "Workers that see an endpoint in this state", [*endpoint, "state"]
+        )
         self.outstanding = total("endpoint_outstanding", "Requests that an endpoint is answering", endpoint)
         self.error_rate = mean("endpoint_error_rate", "Share of requests that fail, of late", endpoint)
         self.endpoint_seconds = mean("endpoint_first_byte_seconds", "Until an answer begins", [*endpoint, "kind"])
@@ -87,9 +91,7 @@ class Metrics:
                     gauge.labels(**sample.labels).set(math.nan)
 
     def _gauge(self, combine: Combine, name: str, words: str, labels: Iterable[str] = ()) -> Gauge:
-        gauge = Gauge(
-            name, words, labels, namespace="fingerpost", registry=self.registry, multiprocess_mode="liveall"
-        )
+        gauge = Gauge(name, words, labels, namespace="fingerpost", registry=self.registry, multiprocess_mode="liveall")
         self._combine[f"fingerpost_{name}"] = combine
         if labels:
             self._of_parts.append(gauge)

@@ -1,7 +1,7 @@
 """The configuration, read at start and again on HUP.
 
-    invalid, or with another value of what is fixed  ──> refused: said in the log, counted; the one before stays
-    valid                                            ──> in force for requests from now on
+invalid, or with another value of what is fixed  ──> refused: said in the log, counted; the one before stays
+valid                                            ──> in force for requests from now on
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A process that serves, and how it ends.
 
-    TERM, INT   no new connection is taken; what is under way goes on to its end, for `listen.drain_seconds` at most;
-                what is to be written is written; exit status 0
-    once more   the end, at once; exit status 1
-    HUP         the configuration is read again, see `gateway.reload`
+TERM, INT   no new connection is taken; what is under way goes on to its end, for `listen.drain_seconds` at most;
+            what is to be written is written; exit status 0
+once more   the end, at once; exit status 1
+HUP         the configuration is read again, see `gateway.reload`
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class Server(uvicorn.Server):
         """Have a configuration in force; a certificate is read again, whether it is another one or not."""
         while not self.started:
             await asyncio.sleep(TICK_SECONDS)
-        await self._application.change(settings)
         tls = settings.config.listen.tls
         if tls is not None and self.config.ssl is not None:
             certificates.show(self.config.ssl, tls.cert_file, tls.key_file)
+        await self._application.change(settings)
 
     def stop(self) -> None:
         """End when all that is under way has its answer."""
@@ -89,6 +89,11 @@ class Server(uvicorn.Server):
         for number, handler in self.handlers.items():
             loop.add_signal_handler(number, handler)
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        listen = self._application.config.listen
+        log.info("listening on %s port %d", listen.host, listen.port)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for each in (*self.servers, *(sockets or [])):

@@ -17,7 +17,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
-REQUESTS, TOKENS, RUNNING = 0, 2, 4  # where a row has a bucket's level and its time, and where the workers' counts begin
+REQUESTS, TOKENS, RUNNING = (
+    0,
+    2,
+    4,
+)  # where a row has a bucket's level and its time, and where the workers' counts begin
 UNUSED = (0.0, -math.inf)  # of a bucket: by now it is full
 NUMBER = struct.Struct("d")
 

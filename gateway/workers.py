@@ -65,8 +65,8 @@ async def received(orders: asyncio.StreamReader) -> Order | None:
 
 
 def metrics_folder(config: Config) -> Path:
-    """The gateway's own: another one with the same data folder has another port."""
-    return config.data_dir / "metrics" / str(config.listen.port)
+    """The gateway's own: another one with the same data folder has another address."""
+    return config.data_dir / "metrics" / f"{config.listen.host}-{config.listen.port}"
 
 
 def pause(before: float, lived: float) -> float:

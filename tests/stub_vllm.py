@@ -1,4 +1,6 @@
-"""A stub that speaks vLLM's protocol and can be told to fail: `python tests/stub_vllm.py PORT [CERTIFICATE KEY AUTHORITY]`.
+"""A stub that speaks vLLM's protocol and can be told to fail.
+
+`python tests/stub_vllm.py PORT [CERTIFICATE KEY AUTHORITY]`
 
 Its answers name the generation's number, the model and the last user turn, so that a replay, a mix-up or a second
 generation shows. `POST /stub` sets what the next generations do wrong, or what they say to the byte (`script`);

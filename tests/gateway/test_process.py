@@ -142,7 +142,7 @@ def start(stub: Server, tmp_path: Path) -> Iterator[Start]:
 
 def served(gateway: Gateway) -> int:
     """How many processes have started to serve."""
-    return gateway.said.count("Application startup complete")
+    return gateway.said.count("listening on 127.0.0.1 port")
 
 
 @pytest.fixture(autouse=True)

@@ -197,7 +197,7 @@ def test_who_may_read_the_metrics() -> None:
     check_operator(here, Listen())
     with pytest.raises(NotAllowed, match=r"listen\.admin_key_sha256"):
         check_operator(there, Listen())
-    check_operator(there, Listen(host="0.0.0.0", allow_anonymous=True))
+    check_operator(there, Listen(host="::", allow_anonymous=True))
     guarded = Listen(admin_key_sha256=digest("fp-admin"), allow_anonymous=True)
     check_operator(scope(("10.0.0.5", 5), x_api_key="fp-admin"), guarded)
     for asking in (here, scope(("127.0.0.1", 5), x_api_key="fp-tenant")):
@@ -216,7 +216,7 @@ def test_a_proxy_on_this_machine_asks_for_others(gateway: Server, path: str) -> 
 
 
 JSON = st.recursive(
-    st.none() | st.integers() | st.text("[]{}\",\\ä\n", max_size=8),
+    st.none() | st.integers() | st.text('[]{}",\\ä\n', max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('[{"\\,', max_size=3), inner, max_size=3),
 )
 
@@ -325,7 +325,9 @@ def test_forty_headers_are_not_too_many(gateway: Server) -> None:
         assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
-@pytest.mark.parametrize("raw", [b"\x00\x01\x02\r\n\r\n", b"GET\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n"])
+@pytest.mark.parametrize(
+    "raw", [b"\x00\x01\x02\r\n\r\n", b"GET\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n"]
+)
 def test_what_is_not_http(gateway: Server, raw: bytes) -> None:
     with connected(gateway) as client:
         client.sendall(raw)
@@ -450,9 +452,7 @@ def test_a_client_that_reads_slowly_gets_all_of_it(gateway: Server, stub: Server
 # Logs
 
 
-def test_nothing_of_a_prompt_or_a_key_is_logged(
-    stub: Server, stub_triton: Tree, start_gateway: StartGateway
-) -> None:
+def test_nothing_of_a_prompt_or_a_key_is_logged(stub: Server, stub_triton: Tree, start_gateway: StartGateway) -> None:
     gateway = start_gateway(
         {
             "listen": {"body_timeout_seconds": 1, "max_messages": 3},
@@ -518,7 +518,11 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shown(pki: Path, name: str, ca: str = "ca") -> Tree:
     """A section that shows the certificate of `name` and trusts `ca`."""
-    return {"ca_file": str(pki / f"{ca}.pem"), "cert_file": str(pki / f"{name}.pem"), "key_file": str(pki / f"{name}.key")}
+    return {
+        "ca_file": str(pki / f"{ca}.pem"),
+        "cert_file": str(pki / f"{name}.pem"),
+        "key_file": str(pki / f"{name}.key"),
+    }
 
 
 @pytest.fixture(scope="module")

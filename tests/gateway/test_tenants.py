@@ -226,7 +226,9 @@ def test_a_prompt_that_no_minute_allows_is_not_worth_another_try(clock: Clock) -
 @given(steps=st.lists(st.tuples(st.floats(0, 30), st.integers(0, 20)), max_size=60))
 def test_no_minute_has_more_than_twice_its_limit(steps: list[tuple[float, int]]) -> None:
     """A full bucket, and what comes back in a minute."""
-    clock, limit, taken = Clock(), 10, []
+    clock, limit = Clock(), 10
+    taken: list[float] = []
+    waits: list[int] = []
     limited = Account(tenant(requests_per_minute=limit), clock)
     for seconds, tries in steps:
         clock.now += seconds
@@ -234,9 +236,10 @@ def test_no_minute_has_more_than_twice_its_limit(steps: list[tuple[float, int]])
             try:
                 admit(limited)
             except LimitReached as error:
-                assert 1 <= int(error.headers["Retry-After"]) <= 60
+                waits.append(int(error.headers["Retry-After"]))
             else:
                 taken.append(clock.now)
+    assert all(1 <= seconds <= 60 for seconds in waits)
     assert all(sum(begin <= at < begin + 60 for at in taken) <= 2 * limit for begin in taken)
 
 
@@ -438,8 +441,9 @@ def test_the_official_client_understands(gateway: Server) -> None:
     with pytest.raises(openai.PermissionDeniedError):
         client(gateway, "small").chat.completions.create(model="smollm2-large", messages=messages)
     with pytest.raises(openai.RateLimitError):
-        for _ in range(3):
-            client(gateway, "few").chat.completions.create(model="auto", messages=messages)
+        client(gateway, "metered").chat.completions.create(
+            model="auto", messages=[{"role": "user", "content": "word " * 1000}]
+        )
     assert client(gateway, "team").chat.completions.create(model="auto", messages=messages).choices
 
 
@@ -471,7 +475,7 @@ def test_tenants_that_cannot_be(tmp_path: Path, changes: Tree, problem: str) -> 
     assert "fp-the-key" not in str(caught.value)
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.5", "gateway.example"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.5", "gateway.example"])  # noqa: S104
 def test_a_gateway_that_others_reach_needs_tenants(tmp_path: Path, host: str) -> None:
     path = tmp_path / "config.yaml"
     for listen, tenants in (({"host": host, "allow_anonymous": True}, []), ({"host": host}, TENANTS)):
@@ -489,7 +493,7 @@ def test_a_gateway_that_nobody_else_reaches_needs_none(tmp_path: Path, host: str
 
 
 def test_the_gateway_refuses_to_start_where_anybody_could_use_it(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**shipped(), "listen": {"host": "0.0.0.0"}}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**shipped(), "listen": {"host": "::"}}))
     command = [sys.executable, "-m", "gateway", "--config", str(tmp_path / "config.yaml")]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 2

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from gateway import workers
 from gateway.checked import ConfigError
-from gateway.listening import CannotListen
+from gateway.listening import CannotStart
 from gateway.reload import Settings, Source
 from gateway.tenants import digest, new_key
 
@@ -45,7 +45,7 @@ def serve(source: Source, settings: Settings) -> int:
         if settings.config.listen.workers > 1:
             return workers.serve(source, settings)
         import_module("gateway.serving").serve(source, settings)  # not needed, and not small, where there are workers
-    except CannotListen as error:
+    except CannotStart as error:
         print(f"{source.path}: {error}", file=sys.stderr)
         return 2
     return 0

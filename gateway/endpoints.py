@@ -215,7 +215,7 @@ class Endpoints:
         return endpoint.load(now), max(endpoint.turn, self._turn)
 
     def _eject(self, endpoint: Endpoint, now: float) -> float:
-        seconds = self._ejection.seconds * 2 ** min(endpoint.ejections, MOST_DOUBLINGS)
+        seconds = self._ejection.seconds * 2.0 ** min(endpoint.ejections, MOST_DOUBLINGS)
         endpoint.ejections += 1
         endpoint.ejected_until = now + seconds
         return seconds

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway import config
 from gateway.config import Ejection, Model, Price, Upstream
 from gateway.endpoints import (
     BURST,
@@ -39,7 +40,7 @@ class Fleet:
         urls = [f"http://e{i}" for i in range(len(weights))]
         model = Model(
             name="m",
-            endpoints=tuple({"url": url, "weight": weight} for url, weight in zip(urls, weights, strict=True)),  # type: ignore[arg-type]
+            endpoints=tuple(config.Endpoint(url=url, weight=weight) for url, weight in zip(urls, weights, strict=True)),
             price_per_million_tokens=Price(input=1, output=1),
             context_window=1,
             size="small",
@@ -343,7 +344,7 @@ def test_a_lease_ends_once() -> None:
     assert fleet.all[0].failures == 1
 
 
-ENDS = {
+ENDS: dict[str, Callable[[Lease], object]] = {
     "whole": Lease.whole,
     "failed": Lease.failed,
     "wait": lambda lease: lease.asked_to_wait(3),

@@ -195,7 +195,8 @@ def test_a_vllm_is_killed_under_load_and_comes_back(
 
     def client(number: int) -> list[str]:
         """What became of one request after another."""
-        outcomes, stream = [], bool(number % 2)
+        outcomes: list[str] = []
+        stream = bool(number % 2)
         while not stop.is_set():
             question = f"client {number}, question {len(outcomes)}"
             try:

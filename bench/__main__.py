@@ -51,7 +51,9 @@ class Settings:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = [*(case.name for case in CASES), STREAMS_NAME]
     parser.add_argument("--quick", action="store_true", help="two rounds of one second: under three minutes, and rough")
     parser.add_argument("--rounds", type=int)
@@ -101,7 +103,9 @@ def measured(chosen: Settings) -> report.Run:
         bench.warm()
         for number in range(chosen.rounds):
             bench.take_round(number)
-    run = report.Run(words(chosen), described, versions(), tuple(bench.samples), tuple(bench.streams), bench.resident_mb)
+    run = report.Run(
+        words(chosen), described, versions(), tuple(bench.samples), tuple(bench.streams), bench.resident_mb
+    )
     if chosen.is_whole:
         write(run, RESULTS / chosen.kind)
     print(report.as_markdown(run))
@@ -133,9 +137,9 @@ class Bench:
                 rate, times = f"{sample.per_second:,.0f}/s", f"p50 {sample.p50_ms:.2f} ms, p99 {sample.p99_ms:.2f} ms"
                 say(f"round {number + 1}/{self._chosen.rounds}: {case.words}, {in_flight} in flight: {rate}, {times}")
         if self._chosen.streams:
-            for server in rotated(tuple(STREAM_SERVERS), number):
+            for name in rotated(tuple(STREAM_SERVERS), number):
                 for kind in report.KINDS:
-                    self._stream(server, kind, number)
+                    self._stream(name, kind, number)
         for name, server in self._servers.items():
             self.resident_mb[name] = max(self.resident_mb.get(name, 0.0), server.resident_mb())
 
@@ -177,7 +181,8 @@ class Bench:
         sample = StreamSample(server=name, kind=kind, round=number, **figures)
         self.streams.append(sample)
         words = f"first token p50 {sample.p50_ms:.2f} ms, p99 {sample.p99_ms:.2f} ms"
-        say(f"round {number + 1}/{self._chosen.rounds}: streams of {STREAM_SERVERS[name]}, {report.KINDS[kind]}: {words}")
+        what = f"streams of {STREAM_SERVERS[name]}, {report.KINDS[kind]}"
+        say(f"round {number + 1}/{self._chosen.rounds}: {what}: {words}")
         time.sleep(SETTLE_SECONDS)
 
     def _asked(self, case: Case, seconds: int) -> Path:

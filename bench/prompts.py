@@ -11,17 +11,20 @@ SYSTEM = "You are a helpful assistant."
 WORDS_OF_A_TEXT = 12
 
 # As far apart as words are, so that no text of them is near another by meaning.
-WORDS = """
-glacier violin mortgage penguin diesel cathedral saffron algorithm tornado embroidery kidney parliament volcano chess
-orchid submarine invoice trumpet desert molecule pension falcon ceramics electricity monastery marathon yeast satellite
-theatre granite divorce honey turbine alphabet leopard insurance waterfall piano asteroid bakery passport coral hammer
-philosophy vaccine railway butterfly whisky earthquake grammar copper ballet tractor eclipse sculpture cheese lawyer
-lighthouse magnet jungle inflation owl carpet antibiotic bridge opera lemon rocket library mosquito sail election mirror
-potato dinosaur candle surgery vineyard compass wolf laundry telescope bankruptcy mushroom tunnel poetry battery rice
-castle allergy drum harbour fossil chocolate refugee umbrella circuit shepherd perfume avalanche football census knitting
-whale cement tax lullaby barometer cactus ferry dentist origami plutonium goat auction rainbow typewriter elbow senate
-pepper glove comet wedding robot cabbage prison sonnet anchor flu tapestry zebra gearbox oasis dictionary bamboo strike
-""".split()
+WORDS = (
+    "glacier violin mortgage penguin diesel cathedral saffron algorithm tornado embroidery kidney "
+    "parliament volcano chess orchid submarine invoice trumpet desert molecule pension falcon ceramics "
+    "electricity monastery marathon yeast satellite theatre granite divorce honey turbine alphabet "
+    "leopard insurance waterfall piano asteroid bakery passport coral hammer philosophy vaccine railway "
+    "butterfly whisky earthquake grammar copper ballet tractor eclipse sculpture cheese lawyer lighthouse "
+    "magnet jungle inflation owl carpet antibiotic bridge opera lemon rocket library mosquito sail "
+    "election mirror potato dinosaur candle surgery vineyard compass wolf laundry telescope bankruptcy "
+    "mushroom tunnel poetry battery rice castle allergy drum harbour fossil chocolate refugee umbrella "
+    "circuit shepherd perfume avalanche football census knitting whale cement tax lullaby barometer "
+    "cactus ferry dentist origami plutonium goat auction rainbow typewriter elbow senate pepper glove "
+    "comet wedding robot cabbage prison sonnet anchor flu tapestry zebra gearbox oasis dictionary bamboo "
+    "strike"
+)
 
 # (a question that is asked first, another wording of it): pairs that the README and the tests show to be hits.
 PAIRS = (
@@ -33,9 +36,9 @@ PAIRS = (
 
 def new_texts(seed: int) -> Iterator[str]:
     """Texts of some 15 tokens, each different in its words from all others."""
-    chosen = random.Random(seed)  # noqa: S311 (nothing is secret)
+    chosen, words = random.Random(seed), WORDS.split()  # noqa: S311 (nothing is secret)
     while True:
-        yield " ".join(chosen.sample(WORDS, WORDS_OF_A_TEXT))
+        yield " ".join(chosen.sample(words, WORDS_OF_A_TEXT))
 
 
 def wordings() -> Iterator[str]:

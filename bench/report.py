@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.cases import CACHING, CASES, IN_FLIGHT, LITELLM, PLAIN, STREAM_SERVERS, STREAMS, STUB
+from bench.cases import CACHING, CASES, IN_FLIGHT, PLAIN, STREAM_SERVERS, STREAMS, STUB
 from bench.figures import Sample, StreamSample, added_ms, median, p50_ratio, paired, rate_ratio
 
 LEAST_RIGHT = 0.99  # of the answers must come the way that the case is about
@@ -152,9 +152,7 @@ def as_markdown(run: Run) -> str:
         _table(("", "target", "measured", "reached"), map(_target_row, targets(run))),
         "## Requests",
         "Medians of the rounds; what is compared is compared within a round.",
-        _table(
-            ("", "in flight", "p50 ms", "p99 ms", "requests/s", "CPU ms a request", "compared"), _request_rows(run)
-        ),
+        _table(("", "in flight", "p50 ms", "p99 ms", "requests/s", "CPU ms a request", "compared"), _request_rows(run)),
         "## Streams",
         f"Until the first token, {STREAMS} streams at once, each of 50 events a second for a second.",
         _table(("", "", "p50 ms", "p99 ms", "p50 over the stub, ms", "streams timed"), _stream_rows(run)),
@@ -215,9 +213,9 @@ def _compared(run: Run, case: str, samples: Sequence[Sample], in_flight: int) ->
     if case in ("litellm", "named") and (over := added(samples, stub)) is not None:
         yield f"p50 {over:+.2f} ms over the stub"
     if case == "named" and (times := paired(samples, litellm, rate_ratio)) is not None:
-        yield f"{times:.1f} × LiteLLM's requests/s"
+        yield f"{times:.1f} times LiteLLM's requests/s"
     if case in ("miss", "semantic") and (times := paired(samples, triton, p50_ratio)) is not None:
-        yield f"{times:.2f} × Triton's p50"
+        yield f"{times:.2f} times Triton's p50"
 
 
 def _stream_rows(run: Run) -> Iterator[tuple[str, ...]]:

@@ -109,7 +109,7 @@ def litellm_tree(upstream: str) -> Tree:
 
 
 def litellm_plan(config: Path, port: int) -> Plan:
-    """One worker of uvicorn and uvloop, as LiteLLM itself starts it; it writes no access log and asks nobody for anything."""
+    """One worker of uvicorn and uvloop, as LiteLLM starts it itself; no access log, and nothing is fetched."""
     url = f"http://127.0.0.1:{port}"
     where = ("--config", str(config), "--host", "127.0.0.1", "--port", str(port))
     kept = {name: os.environ[name] for name in ("HOME", "LANG", "PATH", "TZ") if name in os.environ}
@@ -137,7 +137,7 @@ def gateway_plan(name: str, config: Path, port: int, ready: str) -> Plan:
 
 @contextlib.contextmanager
 def running(wanted: Sequence[Plan], folder: Path) -> Iterator[dict[str, Server]]:
-    """The servers by name, all ready; ended, with all that they started, when the block is left. Raises `CannotStart`."""
+    """The servers by name, all ready; ended, with all they started, when the block is left. Raises `CannotStart`."""
     with contextlib.ExitStack() as stack:
         servers = {plan.name: stack.enter_context(started(plan, folder / f"{plan.name}.log")) for plan in wanted}
         deadline = time.monotonic() + START_SECONDS

@@ -73,7 +73,8 @@ class Client(asyncio.Protocol):
         seen = self._tail + data
         if self._waiting:
             if not self._tail and not seen.startswith(OK):
-                return self._fail()
+                self._fail()
+                return
             if FIRST in seen:
                 self._waiting = False
                 self._tally.first(self._begun, now)
@@ -108,7 +109,8 @@ def request_bytes(url: str, body: bytes) -> bytes:
 
 async def connect(url: str, count: int, make: Callable[[], Client]) -> list[Client]:
     parts, loop = urlsplit(url), asyncio.get_running_loop()
-    return [(await loop.create_connection(make, parts.hostname, parts.port))[1] for _ in range(count)]
+    host, port = parts.hostname or "127.0.0.1", parts.port or 80
+    return [(await loop.create_connection(make, host, port))[1] for _ in range(count)]
 
 
 async def steady(url: str, body: bytes, streams: int, seconds: float) -> Tally:

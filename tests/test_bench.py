@@ -107,7 +107,9 @@ STREAMS = tuple(streamed(server, kind) for kind in report.KINDS for server in (S
 def test_targets_are_reached_at_their_limits() -> None:
     run = run_of(*REACHED, streams=STREAMS, gateway_plain=120.0, gateway_caching=150.0, litellm=900.0)
     assert [target.reached for target in report.targets(run)] == [True] * 7
-    assert [target.measured for target in report.targets(run)] == pytest.approx([1.0, 30.0, 3000.0, 1.5, 0.0, 0.0, 150.0])
+    assert [target.measured for target in report.targets(run)] == pytest.approx(
+        [1.0, 30.0, 3000.0, 1.5, 0.0, 0.0, 150.0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,9 @@ def test_targets_are_reached_at_their_limits() -> None:
 )
 def test_a_target_that_is_missed(worse: Sample, missed: int) -> None:
     same = (worse.case, worse.in_flight)
-    run = run_of(*(one for one in REACHED if (one.case, one.in_flight) != same), worse, streams=STREAMS, gateway_plain=1.0)
+    run = run_of(
+        *(one for one in REACHED if (one.case, one.in_flight) != same), worse, streams=STREAMS, gateway_plain=1.0
+    )
     assert [target.reached for target in report.targets(run)] == [number != missed for number in range(7)]
 
 
@@ -166,7 +170,10 @@ def test_the_table_has_each_figure_beside_its_target() -> None:
     text = report.as_markdown(run_of(*REACHED, streams=STREAMS, gateway_plain=120.4))
     assert "| named model, requests/s beside LiteLLM's, 16 in flight | ≥ 30 times | 30.00 | yes |" in text
     assert "| exact hits, 16 in flight | ≥ 3,000 /s | 3,000 | yes |" in text
-    assert "| gateway, named model, no cache | 16 | 1.00 | 2.00 | 3,000 | 0.167 | 30.0 × LiteLLM's requests/s |" in text
+    assert (
+        "| gateway, named model, no cache | 16 | 1.00 | 2.00 | 3,000 | 0.167 | 30.0 times LiteLLM's requests/s |"
+        in text
+    )
     assert "| gateway, named model, no cache | begun at once | 1.00 | 2.00 | +0.00 | 64 |" in text
     assert "| gateway-plain | 120 |" in text
     assert "- the stub alone, 1 in flight: 9,000 requests/s, 9.0 times what the gateway passes through" in text
@@ -194,7 +201,8 @@ def test_new_texts_are_new_and_the_same_in_every_run() -> None:
     texts = list(islice(prompts.new_texts(4), 20_000))
     assert len(set(texts)) == len(texts)
     assert texts[:3] == list(islice(prompts.new_texts(4), 3))
-    assert len(set(prompts.WORDS)) == len(prompts.WORDS) > 100
+    words = prompts.WORDS.split()
+    assert len(set(words)) == len(words) > 100
 
 
 def test_wordings_differ_in_capitals_and_spaces_alone() -> None:
@@ -330,9 +338,9 @@ def test_a_process_is_counted_with_what_it_started() -> None:
 def test_a_server_that_ends_is_named_with_its_last_words(tmp_path: Path) -> None:
     command = (sys.executable, "-c", "raise SystemExit('error: no such thing')")
     plan = servers.Plan("broken", command, "", (f"http://127.0.0.1:{free_port()}",))
-    with pytest.raises(servers.CannotStart, match="broken ended; its log is .*: error: no such thing"):
-        with servers.running([plan], tmp_path):
-            pass
+    words = r"broken ended; its log is .*: error: no such thing"
+    with pytest.raises(servers.CannotStart, match=words), servers.running([plan], tmp_path):
+        pass
 
 
 # The stub
@@ -424,7 +432,12 @@ def test_streams_through_the_gateway_are_timed(
     quick_stub: str, stream_body: Path, start_gateway: StartGateway, stub_triton: Tree
 ) -> None:
     policy = {"rules": [], "default": NAMED}
-    changes = {"triton": stub_triton, "models": models(quick_stub), "semantic_cache": {"enabled": False}, "policy": policy}
+    changes = {
+        "triton": stub_triton,
+        "models": models(quick_stub),
+        "semantic_cache": {"enabled": False},
+        "policy": policy,
+    }
     gateway = start_gateway(changes)
     before = probe.outcomes(probe.ask("GET", f"{gateway.url}/metrics"))
     found = load.streams(gateway.url, stream_body, 4, 1.0, burst=True)
@@ -441,6 +454,20 @@ def test_broken_streams_are_errors(stub: Server, stream_body: Path, fault: str) 
         assert load.streams(stub.url, stream_body, 2, 0.5, burst=True)["errors"] == 2
     finally:
         httpx.post(f"{stub.url}/stub", json={"fault": "none"})
+
+
+def test_calls_of_triton_are_timed(stub_triton: Tree, tmp_path: Path) -> None:
+    texts = load.lines(tmp_path / "texts.txt", [text.encode() for text in islice(prompts.new_texts(4), 20_000)])
+    found = load.triton_calls(stub_triton["address"], texts, 4, 1)
+    assert (found.errors, found.seconds) == (0, 1)
+    assert found.requests > 4
+    assert 0 < found.p50_ms <= found.p99_ms < 1000
+    assert found.cpu_seconds > 0
+
+
+def test_calls_that_fail_are_errors(tmp_path: Path) -> None:
+    texts = load.lines(tmp_path / "texts.txt", [b"one", b"two"])
+    assert load.triton_calls(f"127.0.0.1:{free_port()}", texts, 2, 1).errors == 2
 
 
 def test_an_answer_with_another_status_is_unexpected(stub: Server) -> None:

@@ -2,7 +2,7 @@
 
 A fine-tuned encoder and a bag of words err on different prompts; how much the words count is fitted on validation rows
 (`training.calibration`). The table holds, for each n-gram, its contribution to every output, fitted in closed or convex
-form on the training rows; the graph sums the contributions and divides by the norm, which makes it TF-IDF with a linear model.
+form on the training rows; the graph sums the contributions and divides by the norm: TF-IDF with a linear model.
 """
 
 from collections.abc import Sequence

@@ -47,8 +47,8 @@ def measured_precisions(
 ) -> tuple[str, list[Export]]:
     """The precision to serve on a CPU, and the figures of all of them on `test`.
 
-    Chosen on `validation`: int8 when it costs no more than KEPT of the float32 accuracy of category and of complexity's
-    AUC, else float32.
+    Chosen on `validation`: int8 when it costs no more than KEPT of the float32 accuracy of category and AUCs of
+    complexity and of the models' predicted quality, else float32.
     """
     with TemporaryDirectory() as scratch:
         export(for_export(trained.router), OUTPUTS, base.tokenizer, Path(scratch, "classifier"), trained.manifest())
@@ -57,20 +57,17 @@ def measured_precisions(
         for name, path in forms.items():
             convert(folder / "model.onnx", path, name)
         chosen_by = {name: accuracies(Served(folder, forms[name]), validation) for name in ("float32", "int8")}
-        loses = [
-            a - b
-            for a, b in zip(chosen_by["float32"], chosen_by["int8"], strict=True)
-            if a is not None and b is not None
-        ]
+        pairs = zip(chosen_by["float32"], chosen_by["int8"], strict=True)
+        loses = [a - b for a, b in pairs if a is not None and b is not None]
         chosen = "int8" if all(loss <= KEPT for loss in loses) else "float32"
         return chosen, [form_figures(name, Served(folder, path), path, test) for name, path in forms.items()]
 
 
-def accuracies(served: Served, rows: Sequence[Row]) -> tuple[float | None, float | None]:
-    """Accuracy of the category and AUC of the complexity on up to SAMPLE of `rows`; None where no row says."""
+def accuracies(served: Served, rows: Sequence[Row]) -> tuple[float | None, float | None, float | None]:
+    """Accuracy of the category, AUC of complexity and of quality on up to SAMPLE of `rows`; None where no row says."""
     rows = sample(rows, SAMPLE)
     found = served.read([row.text for row in rows])
-    return category_accuracy(served.labels, rows, found), complexity_auc(rows, found)
+    return category_accuracy(served.labels, rows, found), complexity_auc(rows, found), quality_auc(served, rows, found)
 
 
 def category_accuracy(labels: Sequence[str], rows: Sequence[Row], found: Readings) -> float | None:
@@ -85,6 +82,16 @@ def complexity_auc(rows: Sequence[Row], found: Readings) -> float | None:
     return auc(*map(np.array, zip(*known, strict=True))) if known else None
 
 
+def quality_auc(served: Served, rows: Sequence[Row], found: Readings) -> float | None:
+    """AUC of "this model gets this prompt right" over all grades of `rows`."""
+    known: list[tuple[bool, float]] = []
+    for model in served.manifest["abilities"]:
+        graded = [i for i, row in enumerate(rows) if model in row.correct]
+        right = served.right(model, found.difficulty[graded]) if graded else ()
+        known += [(rows[i].correct[model] >= 0.5, p) for i, p in zip(graded, right, strict=True)]
+    return auc(*map(np.array, zip(*known, strict=True))) if known else None
+
+
 def sample(rows: Sequence[T], most: int) -> list[T]:
     """Up to `most` of `rows`, spread evenly over them."""
     step = max(len(rows) / most, 1)
@@ -93,7 +100,7 @@ def sample(rows: Sequence[T], most: int) -> list[T]:
 
 def form_figures(name: str, served: Served, path: Path, rows: Sequence[Row]) -> Export:
     """Size, time on one thread and, on up to SAMPLE of `rows`, what the form `name` at `path` is worth."""
-    accuracy, auc = accuracies(served, rows)
+    accuracy, complexity, _ = accuracies(served, rows)
     times: dict[str, Any] = {str(tokens): round(milliseconds(path, tokens), 2) for tokens in TIMED}
     megabytes = round(path.stat().st_size / 1e6, 1)
-    return {"precision": name, "megabytes": megabytes, "milliseconds": times, "accuracy": accuracy, "auc": auc}
+    return {"precision": name, "megabytes": megabytes, "milliseconds": times, "accuracy": accuracy, "auc": complexity}

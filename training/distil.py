@@ -55,8 +55,9 @@ def distil(
         middle.clear()
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        for stepped in (*optimisers, *rates):
-            stepped.step()
+        for optimiser, rate in zip(optimisers, rates, strict=True):
+            optimiser.step()
+            rate.step()
         student.zero_grad()
         progress.set_postfix(loss=f"{loss.item():.3f}", cosine=f"{cosine.item():.3f}", refresh=False)
     for hook in hooks:

@@ -126,7 +126,7 @@ def test_own_categories_start_from_the_shipped_heads_unless_told_otherwise(folde
     assert shipped is not None
     assert (manifest["labels"], manifest["base"]) == (["chess", "cooking", "sailing"], "small")
     assert manifest["started_from"]["data_digest"] == shipped["data_digest"]
-    assert manifest["metrics"]["mine"]["accuracy"] > 0.9
+    assert manifest["metrics"]["all"]["accuracy"] > 0.9
     (card,) = (folder / "runs").glob("*/model_card.md")
     assert "(of the heads started from)" in card.read_text()
 

@@ -17,7 +17,7 @@ help:
 	@echo 'make label PROMPTS=prompts.txt   propose labels for prompts, for review'
 	@echo 'make weights  export what model_repository/ lacks from what is shipped'
 	@echo 'make benchmarks FROM=folder   public benchmarks as rows, for train and evaluate'
-	@echo 'make base   [TEXT=folder] [ARGS="--steps 2400"]   build the small base anew into weights/base'
+	@echo 'make base   [TEXT=folder] [ARGS="--steps 2000"]   build the small base anew into weights/base'
 	@echo 'make test   [ARGS="tests/gateway -k name"]   run the tests, against real servers'
 	@echo 'make check  lint, types, compose file'
 	@echo 'make bench  [ARGS="--quick"]   measure the gateway beside LiteLLM, into bench/results (under 20 minutes; quick: 3)'

@@ -9,12 +9,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from tokenizers import Tokenizer
 from transformers import AutoModel, PreTrainedModel
 
-from training.small import SHIPPED, ForeignTeacher, build_small, load_small, teacher_tokenizer
+from training.small import SHIPPED, ForeignTeacher, load_small, teacher_tokenizer
 from training.tokens import read_tokenizer
 from training.weights import digest
 
 UNREACHABLE = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
-BUILT = Path("weights/base")  # where `make base` writes
 LAYERS = "layers.safetensors"  # what `make base` writes instead of a whole model
 
 
@@ -36,7 +35,7 @@ def load_base(setting: str) -> Base:
     `small` is the one shipped with the project, otherwise a folder (a saved model, or what `make base` wrote) or a hub
     id such as answerdotai/ModernBERT-base. Raises BaseError.
     """
-    folder = _shipped_or_built() if setting == "small" else _fetched(setting)
+    folder = SHIPPED if setting == "small" else _fetched(setting)
     if (folder / LAYERS).exists():
         return _small(setting, folder)
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
@@ -47,13 +46,6 @@ def load_base(setting: str) -> Base:
     except Exception as error:  # transformers, safetensors and tokenizers each raise what they like for a broken file
         raise BaseError(f"base {setting!r}: {folder} cannot be loaded: {error}") from error
     return Base(setting, trunk, tokenizer, digest((folder / "model.safetensors").read_bytes()))
-
-
-def _shipped_or_built() -> Path:
-    """The folder of the shipped small base; of one transplanted here, without distillation, while none is shipped."""
-    if not (SHIPPED / LAYERS).exists() and not (BUILT / LAYERS).exists():
-        build_small(None, 0, 0, BUILT)
-    return SHIPPED if (SHIPPED / LAYERS).exists() else BUILT
 
 
 def _small(setting: str, folder: Path) -> Base:

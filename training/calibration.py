@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from training.model import Calibration
-from training.objective import Targets
+from training.objective import Targets, loss
 
 OTHER = "other"  # the category of what fits none
 FAINT = 1e-3  # pull towards no change, which keeps perfect scores finite
-ABILITY_PRIOR = 10.0  # precision of an ability's weights around their prior
+ABILITY_PRIOR = 30.0  # precision of an ability's weights around their prior
 FLOOR, CEILING, STEP = 0.1, 0.6, 0.02  # thresholds that are tried for the abstention
 
 
@@ -62,6 +62,18 @@ def calibrate(category: Tensor, complexity: Tensor, words: Tensor, wanted: Targe
     sharpness, by_words, scale, complexity_words, bias = _minimised(objective, start).tolist()
     temperature = 1 / max(sharpness, 1e-2)
     return Calibration(temperature, by_words * temperature, max(scale, 1e-2), complexity_words, bias)
+
+
+def scaled_loss(category: Tensor, complexity: Tensor, right: Tensor, wanted: Targets) -> float:
+    """The training loss of logits, each head's scaled as is best for it: calibration will do as much.
+
+    Without that the loss of a later epoch, more often right but surer of itself, would be the higher.
+    """
+
+    def objective(scale: Tensor) -> Tensor:
+        return loss(category * scale[0], complexity * scale[1], right * scale[2], wanted)
+
+    return objective(_minimised(objective, torch.ones(3))).item()
 
 
 def abstention(probabilities: Tensor, wanted: Targets, other: int) -> float:

@@ -13,17 +13,22 @@ from training.rows import read_rows, tenth
 
 PROMPTS = Path(__file__).parent / "prompts"
 DOCUMENTED = 10_000  # paragraphs of documentation strings that are kept, drawn evenly from all that are installed
+OWN_TIMES = 4  # that each of the project's prompts is in the corpus: what is distilled is to serve prompts
 SHORTEST, LONGEST = 20, 4_000  # characters of a paragraph
 
 
 def corpus(folder: Path | None, seed: int) -> list[str]:
-    """Distinct texts, shuffled; none is a prompt of the project's validation or test tenths."""
+    """Texts, shuffled; none is a prompt of the project's validation or test tenths.
+
+    Distinct but for the project's prompts, each of which is there OWN_TIMES.
+    """
     rows = read_rows(PROMPTS)
     own, held_out = {row.text for row in rows}, {row.text for row in rows if tenth(row.template or row.text) >= 8}
-    documented = sorted(set(documentation()))
+    documented = sorted({text for text in documentation() if ">>>" not in text})
     draw = random.Random(seed)  # noqa: S311 (nothing secret)
     documented = draw.sample(documented, min(DOCUMENTED, len(documented)))
-    texts = sorted({*own, *documented, *(given(folder) if folder else ())} - held_out)
+    others = {*documented, *(given(folder) if folder else ())} - own
+    texts = sorted(others) + sorted(own - held_out) * OWN_TIMES
     draw.shuffle(texts)
     return texts
 

@@ -14,13 +14,16 @@ from transformers import BertModel, ModernBertModel
 from training.compute import device, mixed_precision
 from training.tokens import batches, encode, mean_pool, pad
 
-TOKENS = 1024  # of each batch
+TOKENS = 2048  # of each batch
 NATURAL = 256  # tokens at which a text is cut when it stands alone
 PACKED = (128, 256, 512, 1024, 2048)  # lengths, drawn evenly, to which texts are joined
 PACKED_SHARE = 0.15  # of the batches
+SCRAMBLED_SHARE = 0.5  # of the texts, so that no text is seen twice alike
+SCRAMBLED = 0.12  # of their tokens, each replaced by one of another text
 WEIGHTS = (0.25, 0.5, 20.0)  # of the loss: middle layers, last layer, embedding
-RATE = 3e-4
-WARM_UP = 100  # batches
+RATE = 5e-4
+VECTOR_RATE = 3e-4  # of norms and biases
+WARM_UP = 20  # batches
 LAST_RATE = 0.02  # of RATE
 
 
@@ -32,12 +35,16 @@ def distil(
     student.train().to(device())
     student.embeddings.tok_embeddings.weight.requires_grad_(False)
     middle, hooks = _watch(student)
-    optimiser = torch.optim.AdamW(_groups(student), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    optimisers = _optimisers(student)
     warm_up = min(WARM_UP, steps // 10 + 1)
-    rates = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min((step + 1) / warm_up, LAST_RATE + (1 - LAST_RATE) * (1 - step / steps))
-    )
-    drawn = _drawn(encode(tokenizer, texts, NATURAL), random.Random(seed))  # noqa: S311 (nothing secret)
+    rates = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda step: min((step + 1) / warm_up, LAST_RATE + (1 - LAST_RATE) * (1 - step / steps))
+        )
+        for optimiser in optimisers
+    ]
+    ids, draw = encode(tokenizer, texts, NATURAL), random.Random(seed)  # noqa: S311 (nothing secret)
+    drawn = (_scrambled(batch, ids, draw) for batch in _drawn(ids, draw))
     progress = tqdm(zip(range(steps), drawn, strict=False), total=steps, desc="distil", unit="batch", mininterval=2)
     for _, batch in progress:
         input_ids, mask = (tensor.to(device()) for tensor in pad(batch))
@@ -48,9 +55,10 @@ def distil(
         middle.clear()
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        rates.step()
+        for optimiser, rate in zip(optimisers, rates, strict=True):
+            optimiser.step()
+            rate.step()
+        student.zero_grad()
         progress.set_postfix(loss=f"{loss.item():.3f}", cosine=f"{cosine.item():.3f}", refresh=False)
     for hook in hooks:
         hook.remove()
@@ -67,18 +75,23 @@ def _taught(teacher: BertModel, input_ids: Tensor, mask: Tensor) -> list[Tensor]
     return [torch.cat(layer, 1) for layer in zip(*states, strict=True)]
 
 
-def _groups(student: ModernBertModel) -> list[dict[str, Any]]:
-    """One optimiser group per trained parameter; a matrix learns at a rate in proportion to its root mean square.
+def _optimisers(student: ModernBertModel) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices of `student`, AdamW for its norms and biases.
 
-    Adam moves every weight by about the rate a step, and some transplanted matrices are six times as large as others.
+    A matrix learns at a rate in proportion to its root mean square: some transplanted ones are six times as large as
+    others.
     """
-    linear = {name: module for name, module in student.named_modules() if isinstance(module, nn.Linear)}
-    sizes = {name: module.weight.pow(2).mean().sqrt().item() for name, module in linear.items()}
-    typical = sorted(sizes.values())[len(sizes) // 2]
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim == 2]
+    sizes = [matrix.detach().pow(2).mean().sqrt().item() for matrix in matrices]
+    typical = sorted(sizes)[len(sizes) // 2]
+    groups: list[dict[str, Any]] = [
+        {"params": [matrix], "lr": RATE * size / typical} for matrix, size in zip(matrices, sizes, strict=True)
+    ]
+    vectors = [parameter for parameter in trained if parameter.ndim < 2]
     return [
-        {"params": [parameter], "lr": RATE * sizes.get(name.rpartition(".")[0], typical) / typical}
-        for name, parameter in student.named_parameters()
-        if parameter.requires_grad
+        torch.optim.Muon(groups, weight_decay=0.0, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(vectors, lr=VECTOR_RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
@@ -109,6 +122,15 @@ def _packed(ids: Sequence[list[int]], draw: random.Random) -> list[list[int]]:
             joined[-1:] = draw.choice(ids)[1:]
         batch.append([*joined[: length - 1], joined[-1]])
     return batch
+
+
+def _scrambled(batch: Sequence[list[int]], ids: Sequence[list[int]], draw: random.Random) -> list[list[int]]:
+    """`batch` with tokens between the first and the last of some texts replaced by tokens drawn from `ids`."""
+
+    def token(old: int) -> int:
+        return draw.choice(draw.choice(ids)) if draw.random() < SCRAMBLED else old
+
+    return [[text[0], *map(token, text[1:-1]), text[-1]] if draw.random() < SCRAMBLED_SHARE else text for text in batch]
 
 
 def _loss(states: Sequence[Tensor], expected: Sequence[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,12 +14,13 @@ from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 from training.base import Base
-from training.calibration import OTHER, abilities, abstention, calibrate
+from training.calibration import OTHER, abilities, abstention, calibrate, scaled_loss
 from training.compute import device, mixed_precision
 from training.heads import Trained, heads_digest, load_heads
 from training.lexical import Lexical, fit_lexical
 from training.model import Calibration, Classifier, Router, Scores, with_lora
 from training.objective import Targets, loss, targets
+from training.perturb import typos
 from training.rows import Row, Splits, rows_digest
 from training.tokens import batches, encode, pad, windows
 from training.weights import digest, read_manifest
@@ -28,10 +29,12 @@ RATE = 1e-3
 SMOOTHING = 0.05
 TOKENS = 1024  # of each training batch, padding included
 READ = 128  # tokens of a text that training reads: what it is about and how hard shows early, and time is short
+MISTYPED = 0.25  # of the texts of a batch, drawn anew each epoch
+SLIPS = 0.2  # of the words of those
 SCORED = 4096  # of each batch that is only scored
 WARM_UP = 20  # batches
 PATIENCE = 2  # epochs without a better validation loss before training stops
-DIRECTIONS = 6  # of difficulty that the words give
+DIRECTIONS = 8  # of difficulty that the words give
 CHECKPOINT = 100  # batches between two
 
 History = list[dict[str, float]]
@@ -79,7 +82,8 @@ def fit(base: Base, splits: Splits, plan: Plan, checkpoint: Path) -> tuple[Train
     vocabulary = base.trunk.config.vocab_size
     lexical = fit_lexical(ids, wanted, len(plan.labels), DIRECTIONS, vocabulary)
     router = started(base, lexical, plan).to(device())
-    history = _train(router, ids, wanted, base.tokenizer, splits.validation, plan, checkpoint)
+    lengths = [len(row) for row in ids]
+    history = _train(router, texts, lengths, wanted, base.tokenizer, splits.validation, plan, checkpoint)
     return calibrated(router.cpu().eval(), base.tokenizer, splits.validation, plan), history
 
 
@@ -100,17 +104,18 @@ def started(base: Base, lexical: Lexical, plan: Plan) -> Router:
 
 def _train(
     router: Router,
-    ids: Sequence[list[int]],
+    texts: Sequence[str],
+    lengths: Sequence[int],
     wanted: Targets,
     tokenizer: Tokenizer,
     validation: Sequence[Row],
     plan: Plan,
     checkpoint: Path,
 ) -> History:
-    """Train until the validation loss stops falling, and keep the best epoch's weights."""
+    """Train on `texts` of these `lengths` in tokens until the validation loss stops falling; keep the best epoch."""
     classifier = router.classifier
     shuffle = random.Random(plan.seed)  # noqa: S311 (nothing secret)
-    epochs = [list(batches([len(row) for row in ids], TOKENS, shuffle)) for _ in range(plan.epochs)]
+    epochs = [list(batches(lengths, TOKENS, shuffle)) for _ in range(plan.epochs)]
     ends = {sum(map(len, epochs[: i + 1])) for i in range(len(epochs))}
     steps = [batch for epoch in epochs for batch in epoch]
     trained = {name: parameter for name, parameter in classifier.named_parameters() if parameter.requires_grad}
@@ -121,7 +126,8 @@ def _train(
     with tqdm(total=len(steps), initial=progress.step, desc="train", unit="batch", mininterval=1) as bar:
         for batch in steps[progress.step :]:
             classifier.train()
-            scores, right = _forward(classifier, [ids[i] for i in batch])
+            typed = mistyped([texts[i] for i in batch], random.Random(f"{plan.seed} {progress.step}"))  # noqa: S311
+            scores, right = _forward(classifier, encode(tokenizer, typed, min(plan.window, READ)))
             value = loss(scores.category, scores.complexity, right, _moved(wanted.at(batch)), SMOOTHING)
             value.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
@@ -176,6 +182,11 @@ def score(router: Router, tokenizer: Tokenizer, rows: Sequence[Row], plan: Plan)
     return Scores(category, complexity, difficulty), words
 
 
+def mistyped(texts: Sequence[str], draw: random.Random) -> list[str]:
+    """`texts`, a share MISTYPED of them as hurried people type."""
+    return [typos(text, draw, SLIPS) if draw.random() < MISTYPED else text for text in texts]
+
+
 def _forward(classifier: nn.Module, ids: Sequence[list[int]]) -> tuple[Scores, Tensor]:
     """Scores [N, ...] and the models' logits [N, M] of N texts of one window each, in float32."""
     input_ids, mask = (tensor.to(device()) for tensor in pad(ids))
@@ -187,7 +198,7 @@ def _forward(classifier: nn.Module, ids: Sequence[list[int]]) -> tuple[Scores, T
 
 @torch.no_grad()
 def _validate(classifier: nn.Module, tokenizer: Tokenizer, rows: Sequence[Row], plan: Plan) -> dict[str, float]:
-    """Loss and category accuracy on the first windows of `rows`."""
+    """Loss, as it will be once calibrated, and category accuracy on the first windows of `rows`."""
     classifier.eval()
     wanted = targets(rows, plan.labels, plan.models)
     ids = encode(tokenizer, [row.text for row in rows], plan.window)
@@ -199,7 +210,7 @@ def _validate(classifier: nn.Module, tokenizer: Tokenizer, rows: Sequence[Row], 
     )
     sorted_wanted = wanted.at([i for batch in order for i in batch])
     known = sorted_wanted.category >= 0
-    record = {"loss": loss(category, complexity, right, sorted_wanted).item()}
+    record = {"loss": scaled_loss(category, complexity, right, sorted_wanted)}
     if known.any():
         hits = category.argmax(1)[known] == sorted_wanted.category[known]
         record["accuracy"] = hits.float().mean().item()

@@ -2,7 +2,7 @@
 
 A fine-tuned encoder and a bag of words err on different prompts; how much the words count is fitted on validation rows
 (`training.calibration`). The table holds, for each n-gram, its contribution to every output, fitted in closed or convex
-form on the training rows; the graph sums the contributions and divides by the norm, which makes it TF-IDF with a linear model.
+form on the training rows; the graph sums the contributions and divides by the norm: TF-IDF with a linear model.
 """
 
 from collections.abc import Sequence
@@ -98,7 +98,8 @@ def fit_lexical(
 
     Categories by one-against-rest linear support vectors, complexity and the models' grades by ridge regression; the
     grades' predictions are then rotated into their first `directions` principal components, which is reduced-rank
-    regression.
+    regression. A prompt counts once however many models it has grades of, or two models that were asked apart from
+    thirty others would have no say in the directions.
     """
     counts = Counts.of(ids, vocabulary)
     x = counts.features(ids)
@@ -110,7 +111,9 @@ def fit_lexical(
     if (known := ~np.isnan(complexity)).any():
         weights[:, labels] = _ridge(x[known], complexity[known][:, None])[:, 0] * COMPLEXITY_SCALE
     if right.shape[1]:
-        by_model = np.column_stack([_ridge_known(x, grades) for grades in right.T])
+        graded = ~np.isnan(right)  # [N, M]
+        share = [1 / np.sqrt(graded[rows].sum(1).mean()) if rows.any() else 0.0 for rows in graded.T]
+        by_model = np.column_stack([_ridge_known(x, grades) for grades in right.T]) * share
         weights[:, labels + 1 :] = _principal(x, by_model, directions)
     return counts.lexical(weights)
 

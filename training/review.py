@@ -48,12 +48,26 @@ def review(splits: Splits, out_of_sample: OutOfSample | None = None) -> list[Fin
     parts = np.repeat(np.arange(3), [len(splits.train), len(splits.validation), len(splits.test)])
     found = [*_template_leaks(splits), *_near_duplicates(rows, parts), *_duplicates(rows), *_classes(rows)]
     if splits.dropped:
-        said = f"{len(splits.dropped)} rows: their texts are in a split that is held out further"
+        said = f"{len(splits.dropped)} rows: their texts, or nearly those, are in a split that is held out further"
         found.append(Finding("dropped", said, tuple(splits.dropped)))
     if out_of_sample:
         found += _label_errors(out_of_sample)
     order = ["leak", "contradiction", "label", "small class", "imbalance", "duplicate", "near-duplicate", "dropped"]
     return sorted(found, key=lambda finding: order.index(finding.kind))
+
+
+def without_leaks(splits: Splits) -> Splits:
+    """`splits` without the rows of train and validation that nearly repeat one that is held out further."""
+    parts = (splits.test, splits.validation, splits.train)
+    place = {row.text: i for i, part in enumerate(parts) for row in part}  # 0 is held out furthest
+    texts = list(place)
+    leaks: set[str] = set()
+    for members, _ in _groups(near(texts), len(texts)):
+        furthest = min(place[texts[i]] for i in members)
+        leaks.update(texts[i] for i in members if place[texts[i]] > furthest)
+    train, validation = ([row for row in part if row.text not in leaks] for part in (splits.train, splits.validation))
+    dropped = [row for part in (splits.train, splits.validation) for row in part if row.text in leaks]
+    return Splits(train, validation, splits.test, [*splits.dropped, *dropped])
 
 
 def out_of_fold(rows: Sequence[Row], embed: Callable[[Sequence[str]], Floats], seed: int) -> OutOfSample:

@@ -39,7 +39,7 @@ class Splits:
     train: list[Row]
     validation: list[Row]  # chooses the epoch and calibrates
     test: list[Row]  # is only reported
-    dropped: list[Row] = field(default_factory=list)  # their texts are in a split that is held out further
+    dropped: list[Row] = field(default_factory=list)  # their texts, or nearly those, are in a split held out further
 
 
 class BadRows(Exception):

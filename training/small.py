@@ -34,7 +34,7 @@ class ForeignTeacher(Exception):
 
 
 def build_small(text: Path | None, steps: int, seed: int, out: Path, start: Path | None = None) -> dict[str, Any]:
-    """Transplant, distil for `steps` batches of 1,024 tokens, write the layers to `out`; return its manifest.
+    """Transplant, distil for `steps` batches of 2,048 tokens, write the layers to `out`; return its manifest.
 
     With `start`, a folder written before, distil that further instead. Raises ForeignTeacher.
     """

@@ -15,7 +15,7 @@ from training.measures import Metrics, plain
 from training.objective import graded_models
 from training.publish import measured_precisions, publish
 from training.report import table, write_report
-from training.review import as_json, out_of_fold, review, summary
+from training.review import as_json, out_of_fold, review, summary, without_leaks
 from training.rows import BadRows, Splits, labels, rows_digest, split
 from training.sources import read
 from training.weights import appearing, read_manifest, sweep, write_json, write_manifest
@@ -42,7 +42,7 @@ def train(settings: Settings) -> Path:
     """
     began = time.monotonic()
     sweep(RUNS)
-    splits = split(read(settings.data))
+    splits = without_leaks(split(read(settings.data)))
     rows = [*splits.train, *splits.validation, *splits.test]
     names, models = labels(rows), graded_models(splits.train)
     if len(names) < 2:

@@ -10,6 +10,7 @@ from transformers import AutoModel, BertModel, ModernBertModel
 
 from training.base import BaseError, load_base
 from training.corpus import given
+from training.distil import distil
 from training.heads import SHIPPED as HEADS
 from training.heads import load_heads
 from training.model import DIFFICULTY
@@ -97,6 +98,15 @@ def test_what_is_shipped_is_the_layers_in_half_precision(teacher: BertModel, tmp
     assert agreement(student, shipped, batches) > 0.9999  # type: ignore[arg-type]
 
 
+def test_a_little_distillation_brings_a_transplant_closer_to_its_teacher(teacher: BertModel) -> None:
+    tokenizer = teacher_tokenizer()
+    held_out = short(tokenizer, HELD_OUT)
+    student = transplant(teacher, short(tokenizer, TAUGHT))
+    before = agreement(teacher, student, held_out)
+    distil(teacher, student, tokenizer, TAUGHT, steps=8, seed=0)
+    assert agreement(teacher, student, held_out) > before + 0.02
+
+
 def test_layers_for_another_teacher_are_refused(tmp_path: Path) -> None:
     for name in ("layers.safetensors", "config.json"):
         (tmp_path / name).touch()
@@ -118,23 +128,16 @@ def test_the_text_given_is_read_by_paragraph_and_by_line(tmp_path: Path) -> None
     assert found == ["A paragraph of two lines.", "Another paragraph, the second.", "from a row", "and another"]
 
 
-needs_base = pytest.mark.skipif(not SHIPPED.exists(), reason="no base is shipped yet in training/shipped/base")
-needs_heads = pytest.mark.skipif(not HEADS.exists(), reason="no heads are shipped yet in training/shipped/heads")
-
-
-@needs_base
 def test_the_shipped_base_is_as_close_to_its_teacher_as_it_says(teacher: BertModel) -> None:
     manifest = read_manifest(SHIPPED)
     assert manifest is not None
     cosine = manifest["held_out_cosine"]
-    assert cosine["distilled"] >= 0.98
+    assert cosine["distilled"] > 0.97
     assert {"64 tokens", "512 tokens", "2048 tokens"} < set(cosine)
     assert agreement(teacher, load_small(), short(teacher_tokenizer(), HELD_OUT)) > 0.97
     assert size(SHIPPED) < 30e6
 
 
-@needs_heads
-@needs_base
 def test_the_shipped_heads_are_small_and_fit_the_shipped_base() -> None:
     trained = load_heads(HEADS, load_base("small"))
     assert size(HEADS) < 12e6

@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import ROOT, wait_until
 from tests.training.conftest import Run, records, written
 from training.__main__ import main
+from training.heads import SHIPPED
 from training.model import DIFFICULTY
 from training.served import Served
 from training.weights import fingerprint, missing, read_manifest
@@ -114,6 +115,20 @@ def test_training_that_was_killed_goes_on_and_ends_with_the_same_weights(trained
     assert main(trained.arguments) == 0
     assert fingerprint(folder / "model_repository/classifier/weights") == trained.manifest["fingerprint"]
     assert [path.name.startswith(".") for path in (folder / "runs").iterdir()] == [False]  # nothing half done is left
+
+
+def test_own_categories_start_from_the_shipped_heads_unless_told_otherwise(folder: Path) -> None:
+    data = written(folder / "mine.jsonl", records(150, "correct"))
+    assert main(["train", "--data", str(data), "--epochs", "1", "--windows", "1"]) == 0
+    manifest = read_manifest(folder / "model_repository/classifier/weights")
+    shipped = read_manifest(SHIPPED)
+    assert manifest is not None
+    assert shipped is not None
+    assert (manifest["labels"], manifest["base"]) == (["chess", "cooking", "sailing"], "small")
+    assert manifest["started_from"]["data_digest"] == shipped["data_digest"]
+    assert manifest["metrics"]["all"]["accuracy"] > 0.9
+    (card,) = (folder / "runs").glob("*/model_card.md")
+    assert "(of the heads started from)" in card.read_text()
 
 
 @pytest.mark.parametrize("lacking", ["complexity", "correct"])

@@ -7,7 +7,7 @@ PY := .venv/bin/python
 PIP_INSTALL := -m pip install --disable-pip-version-check
 PINNED := --constraint deploy/local/constraints.txt
 
-.PHONY: help serve test check bench train evaluate calibrate label base benchmarks weights triton milvus vllm clean
+.PHONY: help serve test check bench soak train evaluate calibrate label base benchmarks weights triton milvus vllm clean
 
 help:
 	@echo 'make serve  [CONFIG=config/config.yaml]   start Triton, Milvus, vLLM (as configured) and the gateway'
@@ -21,6 +21,7 @@ help:
 	@echo 'make test   [ARGS="tests/gateway -k name"]   run the tests, against real servers'
 	@echo 'make check  lint, types, compose file'
 	@echo 'make bench  [ARGS="--quick"]   measure the gateway beside LiteLLM, into bench/results (under 20 minutes; quick: 3)'
+	@echo 'make soak   [ARGS="--minutes 30"]   mixed load for long: does the gateway hold more and more?'
 
 serve: .venv/done
 	@parts=$$($(PY) -m deploy.local.stack parts --config $(CONFIG)) && $(MAKE) --no-print-directory weights $$parts
@@ -62,6 +63,10 @@ check: .venv/done .venv/tests
 # The gateway beside LiteLLM and the stub alone: docs/benchmarks.md.
 bench: .venv/done .venv-bench/done triton
 	@$(PY) -m bench $(ARGS)
+
+# Mixed load on the gateway, Triton and Milvus for half an hour: docs/benchmarks.md.
+soak: .venv/done triton milvus
+	@$(PY) -m bench.soak $(ARGS)
 
 # What `serve` starts on this machine, each with what it needs: nothing here is installed unless the configuration asks.
 triton: .venv-triton/done weights

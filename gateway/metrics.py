@@ -38,6 +38,7 @@ class Metrics:
         histogram = partial(Histogram, namespace="fingerpost", registry=self.registry)
         total, mean, highest = (partial(self._gauge, combine) for combine in (math.fsum, fmean, max))
         self.workers = total("workers", "Processes that serve")
+        self.tasks = total("tasks", "Tasks of the event loops")
         self.restarts = counter("worker_restarts", "Workers started again because they had ended")
         self.reloads = counter("config_reloads", "Times that the configuration was read again", ["outcome"])
         self.reloaded = highest("config_last_reload_successful", "Whether the last time is in force")

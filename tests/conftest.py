@@ -153,6 +153,52 @@ def stub_triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tree]:
         yield {"address": f"127.0.0.1:{port}", "model_repository": str(repository)}
 
 
+class Part:
+    """A server of the tests' own that can be killed and started again on the same ports and data."""
+
+    def __init__(self, command: list[str], log: Path, ready_url: str) -> None:
+        self._command = command
+        self._log = log
+        self._ready_url = ready_url
+        self._running = contextlib.ExitStack()
+
+    def start(self) -> None:
+        self._process = self._running.enter_context(running(self._command, self._log))
+        wait_until("a part to be ready", lambda: answers(self._ready_url), PATIENCE_SECONDS)
+
+    def kill(self) -> None:
+        """Kill -9, the whole process group."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._running.close()
+
+    def close(self) -> None:
+        self._running.close()
+
+
+@pytest.fixture(scope="session")
+def killable_triton(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Part, str]]:
+    """A real Triton beside the one of `make serve`, which made its weights, and its gRPC address."""
+    folder, grpc, http, metrics = tmp_path_factory.mktemp("triton"), free_port(), free_port(), free_port()
+    command = [str(ROOT / ".venv-triton/bin/python"), "-m", "deploy.local.triton", "--data", str(folder)]
+    command += ["--grpc-port", str(grpc), "--http-port", str(http), "--metrics-port", str(metrics)]
+    part = Part(command, folder / "triton.log", f"http://127.0.0.1:{http}/v2/health/ready")
+    part.start()
+    yield part, f"127.0.0.1:{grpc}"
+    part.close()
+
+
+@pytest.fixture(scope="session")
+def killable_milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Part, int]]:
+    """A real Milvus and its port."""
+    folder, port, metrics = tmp_path_factory.mktemp("milvus"), free_port(), free_port()
+    command = [sys.executable, "-m", "deploy.local.milvus", "--data", str(folder)]
+    command += ["--port", str(port), "--metrics-port", str(metrics)]
+    part = Part(command, folder / "milvus.log", f"http://127.0.0.1:{metrics}/healthz")
+    part.start()
+    yield part, port
+    part.close()
+
+
 StartGateway = Callable[..., Server]
 
 

@@ -26,6 +26,7 @@ def command(options: argparse.Namespace) -> list[str]:
         *("--dtype", "bfloat16", "--enforce-eager"),
         *("--max-model-len", str(CONTEXT), "--max-num-seqs", "8", "--kv-cache-memory-bytes", "256M"),
         *("--distributed-executor-backend", "uni"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),  # without a parser it refuses all tools
         *("--no-enable-log-requests", "--disable-uvicorn-access-log", "--disable-log-stats"),
     ]
 

@@ -6,7 +6,6 @@ import argparse
 import logging
 import signal
 import sys
-from importlib import import_module
 
 from gateway import workers
 from gateway.checked import ConfigError
@@ -21,7 +20,7 @@ def main() -> int:
     parser.add_argument("command", nargs="?", choices=("serve", "key"), default="serve")
     parser.add_argument("--config", default="config/config.yaml", metavar="PATH")
     parser.add_argument("--check", action="store_true", help="only check the configuration")
-    parser.add_argument("--drain-seconds", type=_seconds, metavar="SECONDS", help="instead of listen.drain_seconds")
+    parser.add_argument("--drain-seconds", type=seconds, metavar="SECONDS", help="instead of listen.drain_seconds")
     arguments = parser.parse_args()
     if arguments.command == "key":
         print_key()
@@ -44,17 +43,20 @@ def serve(source: Source, settings: Settings) -> int:
     try:
         if settings.config.listen.workers > 1:
             return workers.serve(source, settings)
-        import_module("gateway.serving").serve(source, settings)  # not needed, and not small, where there are workers
+        from gateway import serving  # not small, and of no use to the one that starts workers
+
+        serving.serve(source, settings)
     except CannotStart as error:
         print(f"{source.path}: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _seconds(text: str) -> float:
-    if not 0 <= (seconds := float(text)) < float("inf"):
+def seconds(text: str) -> float:
+    """Raises `ValueError`, in which argparse names this function."""
+    if not 0 <= (number := float(text)) < float("inf"):
         raise ValueError
-    return seconds
+    return number
 
 
 def print_key() -> None:

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -24,7 +25,7 @@ from gateway.admission import Admitted
 from gateway.cache import Cache, CacheUnavailable
 from gateway.cache.milvus import MilvusCache
 from gateway.chat import Call, Chat, check_model
-from gateway.config import Config, Listen, Model
+from gateway.config import EMBEDDER, Config, Listen, Model
 from gateway.contract import Contract
 from gateway.dialects import CHAT, FORMS, MESSAGES, Form
 from gateway.embeddings import classification_list, embedding_list, parse_classify, parse_embeddings, tokens
@@ -40,10 +41,14 @@ from gateway.upstream import Upstream
 
 log = logging.getLogger("fingerpost")
 
+MAX_LOGGED_CHARACTERS = 2000  # of a prompt, where `log_prompts` wants them
+
 
 def create_app(config: Config, contract: Contract, lasting: Lasting) -> Starlette:
     """The gateway for a configuration that was checked against the contract (`gateway.config.check_against`)."""
     metrics = lasting.metrics
+    if config.log_prompts:
+        log.warning("log_prompts is true: what clients ask, and which tenants they are, is written to this log")
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
@@ -74,7 +79,7 @@ def create_app(config: Config, contract: Contract, lasting: Lasting) -> Starlett
 
     return Starlette(
         routes=[
-            *(Route(path, answer, methods=["POST"]) for path in FORMS),
+            *(Route(form.path, partial(answer, form), methods=["POST"]) for form in FORMS.values()),
             Route("/v1/route", route, methods=["POST"]),
             Route("/v1/embeddings", embed, methods=["POST"]),
             Route("/v1/classify", classify, methods=["POST"]),
@@ -123,9 +128,9 @@ def open_cache(config: Config, contract: Contract, lasting: Lasting) -> Cache | 
     )
 
 
-async def answer(request: Request) -> Response:
-    """An answer in the form that the path stands for."""
-    call = await _call(request, FORMS[request.url.path])
+async def answer(form: Form, request: Request) -> Response:
+    """An answer in this form."""
+    call = await _call(request, form)
     call.admission.reserve(call.request.prompt_tokens)
     return await unless_gone(request, request.state.chat.answer(call))
 
@@ -158,12 +163,13 @@ async def route(request: Request) -> Response:
 async def embed(request: Request) -> Response:
     """The embeddings of texts, by the embedder that the cache uses."""
     state = request.state
+    state.admission.check_model(EMBEDDER)
     wanted = parse_embeddings(
         await _body(request, state.config.listen),
         dimension=state.contract.dimension,
         most=state.config.batch.max_inputs,
     )
-    found = await _read(request, state.router.embed, wanted.texts)
+    found = await unless_gone(request, _read(request, state.router.embed, wanted.texts))
     return Response(embedding_list(wanted, found), media_type="application/json", headers=_named(request))
 
 
@@ -171,7 +177,7 @@ async def classify(request: Request) -> Response:
     """What the classifier reads in texts."""
     state = request.state
     texts = parse_classify(await _body(request, state.config.listen), most=state.config.batch.max_inputs)
-    readings = await _read(request, state.router.read_all, texts)
+    readings = await unless_gone(request, _read(request, state.router.read_all, texts))
     return JSONResponse(classification_list(readings), headers=_named(request))
 
 
@@ -211,8 +217,8 @@ def _named(request: Request) -> dict[str, str]:
     return {"x-request-id": request.state.request_id}
 
 
-async def unless_gone(request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
-    """The answer, given up when the client leaves before it begins: vLLM then stops generating, too.
+async def unless_gone(request: Request, answer: Coroutine[Any, Any, T]) -> T:
+    """The answer, given up when the client leaves before it begins: vLLM stops generating, Triton is asked no more.
 
     Raises `ClientDisconnect`. A stream has begun when this returns, and looks after itself.
     """
@@ -265,6 +271,7 @@ async def ready(request: Request) -> Response:
 async def exposition(request: Request) -> Response:
     request.state.upstream.publish()
     request.state.dials.publish()
+    request.state.metrics.tasks.set(len(asyncio.all_tasks()))
     return Response(request.state.metrics.exposition(), media_type=CONTENT_TYPE)
 
 
@@ -279,8 +286,10 @@ async def _not_ready(request: Request) -> AsyncIterator[tuple[str, str]]:
             await state.cache.check()
         except CacheUnavailable as error:
             yield "cache", str(error)
-    for model in state.config.models:
-        if not await state.upstream.check(model):
+    configured = state.config.models
+    checks = await asyncio.gather(*map(state.upstream.check, configured))
+    for model, is_healthy in zip(configured, checks, strict=True):
+        if not is_healthy:
             yield model.name, f"no healthy endpoint among {', '.join(endpoint.url for endpoint in model.endpoints)}"
 
 
@@ -292,6 +301,9 @@ async def _call(request: Request, form: Form) -> Call:
     limits.check(chat_request.body, listen)
     check_model(request.state.config, chat_request.model, admission)
     who = _who(request)
+    if request.state.config.log_prompts:
+        asked = chat_request.question[:MAX_LOGGED_CHARACTERS]
+        log.info("%s: %s asks %r", request.state.request_id, admission.tenant or "somebody", asked)
     scope = scope_key(chat_request, who)
     return Call(request.state.request_id, chat_request, scope, control, started, admission, who, form)
 
@@ -369,7 +381,7 @@ async def api_error(request: Request, error: Exception) -> Response:
 
 async def http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    words = {404: f"there is nothing at {request.url.path[:200]}", 405: f"{request.method} is not allowed here"}
+    words = {404: f"there is nothing at {request.scope['path'][:200]}", 405: f"{request.method} is not allowed here"}
     message = words.get(error.status_code, error.detail)
     return _error(request, error.status_code, openai_form(message, "invalid_request_error"), error.headers)
 
@@ -383,6 +395,6 @@ async def unexpected(request: Request, error: Exception) -> Response:
 
 
 def _error(request: Request, status: int, body: dict[str, Any], headers: Any = None) -> Response:
-    if request.url.path.startswith(MESSAGES.path):
+    if request.scope["path"].startswith(MESSAGES.path):
         body = anthropic_form(status, body["error"]["message"], request.state.request_id)
     return JSONResponse(body, status, headers={**(headers or {}), "x-request-id": request.state.request_id})

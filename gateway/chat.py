@@ -139,28 +139,37 @@ class Chat:
         reading = _reading(request, turns, readings or {})
         if reading is not None:
             self._metrics.categories.labels(reading.category).inc()
-        prompts = self._prompts(request, tenant, form, turns, readings or {})
-        decision, pulls = self._decide(request, prompts)
+        decision = self._decide(request, tenant, form, turns, readings or {})
         model = self._config.model(decision.model)
         assert model is not None  # rules name known models, and so does the request
-        quality = self._quality(reading)
-        why = decision.reason
-        return Route(model, decision.rule, why, reading, quality, uncacheable, decision.overrides, pulls)
+        return Route(
+            model,
+            decision.rule,
+            decision.reason,
+            reading,
+            self._quality(reading),
+            uncacheable,
+            decision.overrides,
+            decision.pulls,
+        )
 
     def _quality(self, reading: Reading | None) -> dict[str, float]:
         """Predicted quality by model, of those whose ability is known."""
         known = reading.quality if reading else {}
         return {model.name: known[model.ability_name] for model in self._config.models if model.ability_name in known}
 
-    def _prompts(
+    def _decide(
         self,
         request: ChatRequest,
         tenant: str | None,
         form: Form,
         turns: Sequence[conversation.Turn],
         readings: Mapping[str, Reading],
-    ) -> list[policy.Prompt]:
-        """The user turns as the policy sees them, the newest last; one that says nothing when there are none."""
+    ) -> policy.Decision:
+        """Who answers the newest of the turns; a prompt that says nothing when there are none."""
+        policy_asked = self._config.aliases.get(request.model)
+        if policy_asked is None:
+            return policy.Decision(request.model, NAMED_RULE, "the request names it")
         base = policy.Prompt(
             text="",
             prompt_tokens=request.prompt_tokens,
@@ -169,13 +178,16 @@ class Chat:
             tenant=tenant,
             alias=request.model,
             has_tools=conversation.has_tools(request.body),
+            has_images=conversation.has_images(request.messages),
             context_tokens=conversation.context_tokens(request.body),
             output_tokens=overrides.output_tokens(request.body, form.path),
         )
-        return [self._prompt(base, turn, readings.get(turn.read)) for turn in turns] or [base]
+        *earlier, newest = [self._prompt(base, turn, readings.get(turn.read)) for turn in turns] or [base]
+        bars = self._dials.bars(request.model)
+        return policy.decide(policy_asked, self._config.models, newest, earlier, bars)
 
     def _prompt(self, base: policy.Prompt, turn: conversation.Turn, reading: Reading | None) -> policy.Prompt:
-        said = replace(base, text=turn.text, prompt_tokens=turn.prompt_tokens, has_images=turn.has_images)
+        said = replace(base, text=turn.text, prompt_tokens=turn.prompt_tokens)
         if reading is None:
             return said
         return replace(
@@ -185,18 +197,6 @@ class Chat:
             quality=self._quality(reading),
             confidence=reading.category_scores[reading.category],
         )
-
-    def _decide(
-        self, request: ChatRequest, prompts: Sequence[policy.Prompt]
-    ) -> tuple[policy.Decision, dict[str, policy.Pull]]:
-        """Who answers the last of the prompts, and what that tells the dials."""
-        policy_asked = self._config.aliases.get(request.model)
-        if policy_asked is None:
-            return policy.Decision(request.model, NAMED_RULE, "the request names it"), {}
-        *earlier, newest = prompts
-        bars = self._dials.bars(request.model)
-        decision = policy.decide(policy_asked, self._config.models, newest, earlier, bars)
-        return decision, policy.pulls(policy_asked, self._config.models, newest, earlier, bars)
 
     async def _same_question(self, call: Call) -> Entry | None:
         if self._cache is None or call.request.uncacheable or not call.control.lookup:
@@ -261,20 +261,20 @@ class Chat:
         reply.close()
         call.admission.read(reply.body)
         if reply.status == 200:
-            key = call.key if store else None
+            key = self._finish(call, route, call.form.whole(reply.body), store=store)
             self._remember(call, answers.response_id(reply.body), route.model.name, key)
-            self._finish(call, route, call.form.whole(reply.body), store=store)
         return Response(reply.body, status_code=reply.status, headers=headers)
 
     def _models(self, call: Call, route: Route) -> list[Model]:
-        """The chosen model and those of its fallbacks that the conversation fits into.
+        """The chosen model and those of its fallbacks that the conversation fits into, with its answer.
 
         A tenant that names a model gets no other that it may not name.
         """
         fallbacks = self._config.fallbacks(route.model)
         if not fallbacks:
             return [route.model]
-        tokens, is_named = conversation.context_tokens(call.request.body), route.rule == NAMED_RULE
+        body, is_named = call.request.body, route.rule == NAMED_RULE
+        tokens = conversation.context_tokens(body) + (overrides.output_tokens(body, call.form.path) or 0)
         fitting = [model for model in fallbacks if tokens <= model.context_window]
         return [route.model, *(model for model in fitting if not is_named or call.admission.allows(model.name))]
 
@@ -285,19 +285,20 @@ class Chat:
 
         A usage chunk that the gateway asked for and the client did not is left out.
         """
-        splitter, assembly, finished, known = sse.FrameSplitter(), call.form.assembly(), False, False
+        splitter, assembly, finished = sse.FrameSplitter(), call.form.assembly(), False
+        id: str | None = None
         try:
             async for chunk in reply.chunks():
                 frames = splitter.feed(chunk)
                 if splitter.pending > MAX_FRAME_BYTES:
                     raise UpstreamBroken(f"an event is longer than {MAX_FRAME_BYTES} bytes")
-                if not known and (new_id := answers.response_id(b"".join(frames))):
-                    key, known = call.key if store else None, True
-                    self._remember(call, new_id, route.model.name, key)
+                if id is None and (id := answers.response_id(b"".join(frames))):
+                    self._remember(call, id, route.model.name, None)
                 kept = [frame for frame in frames if self._keep(call, frame, assembly, keep_usage=keep_usage)]
                 if assembly.done and not finished:  # before the client sees it, who may leave or ask again at once
                     finished = True
-                    self._finish(call, route, assembly.answer(), store=store)
+                    key = self._finish(call, route, assembly.answer(), store=store)
+                    self._remember(call, id, route.model.name, key)
                 if kept:
                     yield b"".join(kept)
         except UpstreamBroken as error:
@@ -313,13 +314,13 @@ class Chat:
         assembly.add(payload)
         return keep_usage or not answers.is_usage_only(payload)
 
-    def _finish(self, call: Call, route: Route, answer: Answer | None, *, store: bool) -> None:
-        """Account for a generated answer, and remember it if it is whole and may be."""
+    def _finish(self, call: Call, route: Route, answer: Answer | None, *, store: bool) -> str | None:
+        """Account for a generated answer, and store it if it is whole and may be; its key in the cache if so."""
         if answer is None:
-            return
+            return None
         self._count_tokens(route.model, answer)
         if self._cache is None or route.reading is None or not store:
-            return
+            return None
         self._cache.put(
             Entry(
                 key=call.key,
@@ -331,6 +332,7 @@ class Chat:
                 expires_at=time.time() + self._config.semantic_cache.ttl_seconds,
             )
         )
+        return call.key
 
     def _remember(self, call: Call, id: str | None, model: str, key: str | None, *, for_training: bool = True) -> None:
         """The answer may be judged by this id or that of the call; `for_training`: the verdict may be recorded."""

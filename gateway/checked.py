@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+MAX_VALUES = 100_000  # of a file; an alias counts as what it stands for
+
 
 class ConfigError(Exception):
     """The configuration cannot be used; one line per problem, each naming file, key and value."""
@@ -82,10 +84,14 @@ class _Environment:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._left = MAX_VALUES
         self.problems: list[str] = []
 
     def replaced(self, value: object, key: str = "") -> object:
-        """`value`, the one of `key`, with the variables in every string below it filled in."""
+        """`value`, the one of `key`, with the variables in every string below it filled in. Raises `ConfigError`."""
+        self._left -= 1
+        if self._left < 0:
+            raise ConfigError(f"{self._path}: holds more than {MAX_VALUES} values")
         if isinstance(value, str):
             return _VARIABLE.sub(lambda match: self._look_up(match, key), value)
         if isinstance(value, dict):

@@ -110,9 +110,8 @@ def _has_keyword(when: Condition, prompt: Prompt) -> bool:
 
 
 def _keyword(when: Condition, prompt: Prompt) -> str:
-    """The keyword that occurs, as the configuration writes it."""
     found = _pattern(when.keywords).search(prompt.text)
-    return "none of the keywords" if found is None else f"keyword {when.keywords[(found.lastindex or 1) - 1]!r}"
+    return "none of the keywords" if found is None else f"keyword {found[0]!r}"
 
 
 def _matches(when: Condition, prompt: Prompt) -> bool:
@@ -147,12 +146,14 @@ _LOOKS = (
 
 @lru_cache(maxsize=256)
 def _pattern(keywords: tuple[str, ...]) -> re.Pattern[str]:
-    """Any of the keywords as whole words, whatever their case; the number of its group is that of the keyword.
+    """Any of the keywords as whole words, whatever their case.
 
     A word of a script that puts no spaces between words (whose letters have no case) is found wherever it stands.
     """
-    words = [rf"(?<!\w){re.escape(word)}(?!\w)" if _is_spaced(word) else re.escape(word) for word in keywords]
-    return re.compile("|".join(f"({word})" for word in words), re.IGNORECASE)
+    spaced = "|".join(re.escape(word) for word in keywords if _is_spaced(word))
+    whole = [rf"(?<!\w)(?:{spaced})(?!\w)"] if spaced else []
+    anywhere = [re.escape(word) for word in keywords if not _is_spaced(word)]
+    return re.compile("|".join([*whole, *anywhere]), re.IGNORECASE)
 
 
 def _is_spaced(word: str) -> bool:

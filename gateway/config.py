@@ -41,6 +41,7 @@ from gateway.values import (
 )
 
 AUTO = "auto"
+EMBEDDER = "embedder"  # what /v1/embeddings is asked for
 DEFAULT_RULE = "default"  # none of the rules held
 NAMED_RULE = "named"  # the client asked for a model by its name
 BUILT_IN_RULES = (DEFAULT_RULE, NAMED_RULE)
@@ -108,7 +109,7 @@ class Tenant(Section):
 
     name: Name
     key_sha256: Annotated[tuple[KeyDigest, ...], Field(min_length=1)]
-    models: tuple[str, ...] = ()
+    models: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     requests_per_minute: Positive | None = None
     tokens_per_minute: Positive | None = None
     concurrent_requests: Positive | None = None
@@ -232,8 +233,6 @@ class Condition(Section):
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
         given = {key for key, value in self if value not in (None, ())}
-        if given == {"min_confidence"}:
-            raise ValueError("min_confidence goes with category")
         if not given:
             names = (field.alias or name for name, field in type(self).model_fields.items())
             raise ValueError(f"needs at least one of {', '.join(names)}")
@@ -474,6 +473,7 @@ class Config(Section):
     upstream: Upstream = Upstream()
     semantic_cache: SemanticCache = SemanticCache()
     feedback: Feedback = Feedback()
+    log_prompts: bool = False
     batch: Batch = Batch()
     local: Local = Local()
     milvus: Annotated[Milvus, Field(exclude=True)] = Milvus()
@@ -541,7 +541,7 @@ def check_against(config: Config, labels: Sequence[str], dimension: int, abiliti
 def _inconsistencies(config: Config) -> Iterator[tuple[str, object, str]]:
     names = [model.name for model in config.models]
     yield from _exposed(config)
-    yield from _misfits(config, [*config.aliases, *names])
+    yield from _misfits(config, [*config.aliases, *names, EMBEDDER])
     yield from _repeated("models", names, taken=(AUTO, *config.aliases))
     for i, model in enumerate(config.models):
         yield from _unusable(f"models[{i}]", model, names)
@@ -570,7 +570,7 @@ def _misfits(config: Config, names: list[str]) -> Iterator[tuple[str, object, st
             if key in taken:
                 yield f"tenants[{i}].key_sha256[{j}]", key, "is given twice"
             taken.add(key)
-        for j, name in enumerate(tenant.models):
+        for j, name in enumerate(tenant.models or ()):
             if name not in names:
                 yield f"tenants[{i}].models[{j}]", name, f"unknown model (known: {', '.join(names)})"
 
@@ -645,7 +645,7 @@ def _contradictions(key: str, rule: Rule) -> Iterator[tuple[str, object, str]]:
         yield f"{key}.{name}", shown, f"cannot stand beside {given[0]}"
     if rule.cheapest_within is None and rule.among:
         yield f"{key}.among", list(rule.among), "goes with cheapest_within"
-    if rule.model is not None and rule.when == ALWAYS and not rule.changes:
+    if given == ["model"] and rule.when == ALWAYS and not rule.changes:
         yield f"{key}.when", None, "missing key"  # a model for all prompts is what policy.default says
 
 

@@ -36,8 +36,8 @@ class Connection(HttpToolsProtocol):
     def __init__(self, listen: Listen, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._listen = listen
-        self._in_head = True
-        self._head_bytes = 0  # that have arrived of a head whose end has not
+        self._in_head = False  # a head has begun whose end has not arrived
+        self._head_bytes = 0  # that came after the piece in which the head began
         self._whole = False  # the last request has arrived, body and all
         self._refused = False
         self._last = False  # the next answer is the connection's last
@@ -56,11 +56,10 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
+        self._head_bytes += len(data)
         super().data_received(data)
-        if self._in_head and not self._refused:
-            self._head_bytes += len(data)
-            if self._head_bytes > self._listen.max_header_bytes:
-                self._refuse_head()
+        if self._in_head and self._head_bytes > self._listen.max_header_bytes and not self._refused:
+            self._refuse_head()
         if self._whole:
             self._stop_waiting()
             self._keep_alive()
@@ -78,8 +77,8 @@ class Connection(HttpToolsProtocol):
         if len(self.headers) > self._listen.max_headers or size > self._listen.max_header_bytes:
             self._refuse_head()
             raise HeadTooLarge  # ends the parsing
-        self._in_head = False
         super().on_headers_complete()
+        self._in_head = False
         if self._last:
             self.cycle.keep_alive = False
 
@@ -138,7 +137,7 @@ class Connection(HttpToolsProtocol):
             self._await_request()  # not the client's fault: it is this side that reads no further
         elif answering and self.cycle.response_started:
             self._abandon("slow_request")
-        elif (self._in_head and not self._head_bytes) or not (self._in_head or answering):
+        elif not (self._in_head or answering):
             self.transport.close()  # nothing was asked, or what was asked has its answer
         else:
             seconds = self._listen.body_timeout_seconds
@@ -158,7 +157,7 @@ class Connection(HttpToolsProtocol):
     def is_busy(self) -> bool:
         """Whether a request is arriving or being answered."""
         answering = self.cycle is not None and not self.cycle.response_complete
-        return answering or (self._in_head and self._head_bytes > 0)
+        return answering or self._in_head
 
     def shutdown(self) -> None:
         """The gateway is about to end: the answer under way, or else one more, is the last, and says so."""

@@ -8,10 +8,9 @@ the policy only: the question that the cache compares, and what is sent to the m
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 from gateway.request import BYTES_PER_TOKEN, Body, text_of
 
@@ -34,8 +33,9 @@ HARNESS_TAGS = frozenset({
 })
 # fmt: on
 _TAG = re.compile(r"<(/?)([A-Za-z][\w-]{0,40})(?:\s[^<>]{0,500})?>")
-IMAGE_PARTS = frozenset({"image_url", "input_image", "image", "image_pil", "image_embeds"})
-MEDIA_PARTS = IMAGE_PARTS | {"input_audio", "audio_url", "video_url", "file", "input_file", "document"}
+# Looked up by comparison: the `type` of a JSON schema may be a list.
+IMAGE_PARTS = ("image_url", "input_image", "image", "image_pil", "image_embeds")
+MEDIA_PARTS = (*IMAGE_PARTS, "input_audio", "audio_url", "video_url", "file", "input_file", "document")
 CONTEXT_FIELDS = ("messages", "input", "prompt", "instructions", "system", "tools", "functions")
 
 
@@ -43,10 +43,9 @@ CONTEXT_FIELDS = ("messages", "input", "prompt", "instructions", "system", "tool
 class Turn:
     """A user turn as the policy sees it."""
 
-    text: str  # what the user says in it
+    text: str  # what the user says in it; of more than SEARCHED_CHARACTERS the beginning and the end
     read: str  # the same after what was said before it: what the models read
     prompt_tokens: int  # of all messages up to it
-    has_images: bool  # so far
 
 
 def turns(messages: Sequence[Body]) -> tuple[Turn, ...]:
@@ -65,10 +64,9 @@ def turns(messages: Sequence[Body]) -> tuple[Turn, ...]:
     spoken = [i for i, text in said.items() if text and i != newest]
     earlier = spoken if len(spoken) <= EARLIER_TURNS else [spoken[0], *spoken[1 - EARLIER_TURNS :]]
     sizes = list(accumulate(len(text_of(message).encode()) for message in messages))
-    images = list(accumulate((_has_image(message) for message in messages), lambda before, here: before or here))
     end = len(messages) - 1  # what follows the newest user turn, such as results of tools, belongs to it
     return tuple(
-        Turn(said[i], _read(said, i), sizes[at] // BYTES_PER_TOKEN, images[at])
+        Turn(_bounded(said[i]), _read(said, i), sizes[at] // BYTES_PER_TOKEN)
         for i, at in (*((i, i) for i in earlier), (newest, end))
     )
 
@@ -93,6 +91,14 @@ def _size(value: object) -> int:
 
 def has_tools(body: Body) -> bool:
     return bool(body.get("tools") or body.get("functions"))
+
+
+def has_images(messages: Iterable[object]) -> bool:
+    """Whether there is an image in messages, or in their parts, such as results of tools."""
+    contents = (message.get("content") for message in messages if isinstance(message, dict))
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    here = any(isinstance(part, dict) and part.get("type") in IMAGE_PARTS for part in parts)
+    return here or (bool(parts) and has_images(parts))
 
 
 def cleaned(text: str) -> str:
@@ -140,7 +146,7 @@ def _said(messages: Sequence[Body], users: Sequence[int]) -> dict[int, str]:
 def _bounded(text: str) -> str:
     """A text that is looked through in no time: of a longer one the beginning and the end."""
     half = SEARCHED_CHARACTERS // 2
-    return text if len(text) <= 2 * half or "</" not in text else f"{text[:half]}\n{text[-half:]}"
+    return text if len(text) <= SEARCHED_CHARACTERS else f"{text[: half - 1]}\n{text[-half:]}"
 
 
 def _read(said: dict[int, str], newest: int) -> str:
@@ -153,11 +159,3 @@ def _read(said: dict[int, str], newest: int) -> str:
         parts.append(said[i][:room] if parts else said[i])
         room -= len(parts[-1]) + 1
     return "\n".join(reversed(parts))
-
-
-def _has_image(message: Body) -> bool:
-    return any(part.get("type") in IMAGE_PARTS for part in _list(message.get("content")) if isinstance(part, dict))
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []

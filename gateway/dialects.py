@@ -43,7 +43,8 @@ class Form:
 def completions_view(body: Body) -> View:
     text, uncacheable = _prompt(body)
     turns = [{"role": "user", "content": text}]
-    return View(turns, ["completions", *beside(body, "prompt", turns)], uncacheable)
+    end = text[len(text.rstrip()) :]  # the answer goes on after a blank or without one
+    return View(turns, ["completions", end, *beside(body, "prompt", turns)], uncacheable)
 
 
 def _prompt(body: Body) -> tuple[str, str | None]:
@@ -99,7 +100,7 @@ def _completion_envelope(answer: Answer, new: Identity) -> dict[str, Any]:
     return {"id": new.id, "object": "text_completion", "created": new.created, "model": answer.model}
 
 
-# Responses: items in, items out; an answer that is kept is the whole object, whose output is one message of one text
+# Responses: items in, items out; an answer is kept as the whole object: one message of one text, or reasoning before it
 
 
 def responses_view(body: Body) -> View:
@@ -126,12 +127,14 @@ def _turn(item: object, path: str) -> Body:
     """An item of the input as a message of a chat."""
     if not isinstance(item, dict):
         raise BadRequest(f"{path} is not an object", param=path)
-    kind = typed(item, "type", str, "a string", f"{path}.") or "message"
-    if kind == "message":
+    kind = typed(item, "type", str, "a string", f"{path}.")
+    if kind in (None, "message"):
         role = typed(item, "role", str, "a string", f"{path}.", required=True)
         return {"role": role, "content": _content(item.get("content"), f"{path}.content")}
     output = item.get("output")
     role = "tool" if kind.endswith("_output") else "assistant"
+    if isinstance(output, list):  # of parts, a picture among them perhaps
+        return {"role": role, "content": [{"type": "output"}]}
     return {"role": role, "content": output if isinstance(output, str) else None}
 
 
@@ -162,12 +165,22 @@ def _response(response: object) -> Answer | None:
             "object": "response",
             "status": "completed",
             "model": str(model),
-            "output": [{"type": "message", "role": "assistant", "content": [part]}],
+            "output": [*thoughts, {"type": "message", "role": "assistant", "content": [part]}],
             **rest,
-        } if _is_text(part, "output_text"):
+        } if _is_text(part, "output_text") and _is_one_thought(thoughts):
             kept = {key: value for key, value in response.items() if key not in PASSING_FIELDS}
             return Answer(model, kept, "completed", answers.figures(rest.get("usage"))) if _can_be_kept(kept) else None
     return None
+
+
+def _is_one_thought(items: list[Any]) -> bool:
+    """Whether what comes before the message is reasoning in one text, or nothing."""
+    match items:
+        case []:
+            return True
+        case [{"type": "reasoning", "content": [part], **rest}]:
+            return _is_text(part, "reasoning_text") and answers.telling(rest).keys() <= {"id", "status"}
+    return False
 
 
 def _can_be_kept(response: Body) -> bool:
@@ -199,31 +212,40 @@ def response(answer: Answer, new: Identity) -> bytes:
 
 def _renewed(answer: Answer, new: Identity) -> Body:
     """The response object as a new one."""
-    item = {**answer.message["output"][0], "id": "msg_" + new.id.removeprefix(RESPONSES.id_prefix)}
-    return {**answer.message, "id": new.id, "created_at": new.created, "output": [item]}
+    prefixes, own = {"reasoning": "rs_", "message": "msg_"}, new.id.removeprefix(RESPONSES.id_prefix)
+    output = [{**item, "id": prefixes[item["type"]] + own} for item in answer.message["output"]]
+    return {**answer.message, "id": new.id, "created_at": new.created, "output": output}
 
 
 def response_stream(answer: Answer, new: Identity, include_usage: bool) -> bytes:
     whole = _renewed(answer, new)
     begun = {**whole, "status": "in_progress", "output": [], "usage": None}
-    (item,) = whole["output"]
-    (part,) = item["content"]
-    at_item: Body = {"item_id": item["id"], "output_index": 0, "content_index": 0}
     events: list[tuple[str, Body]] = [
         ("response.created", {"response": begun}),
         ("response.in_progress", {"response": begun}),
-        ("response.output_item.added", {"output_index": 0, "item": {**item, "status": "in_progress", "content": []}}),
-        ("response.content_part.added", {**at_item, "part": {**part, "text": ""}}),
-        ("response.output_text.delta", {**at_item, "delta": part["text"], "logprobs": []}),
-        ("response.output_text.done", {**at_item, "text": part["text"], "logprobs": []}),
-        ("response.content_part.done", {**at_item, "part": part}),
-        ("response.output_item.done", {"output_index": 0, "item": item}),
+        *(event for i, item in enumerate(whole["output"]) for event in _item_events(item, i)),
         ("response.completed", {"response": whole}),
     ]
     return b"".join(
         sse.event(orjson.dumps({"type": name, "sequence_number": i, **fields}), name)
         for i, (name, fields) in enumerate(events)
     )
+
+
+def _item_events(item: Body, index: int) -> list[tuple[str, Body]]:
+    """The events of an item that is one text."""
+    (part,) = item["content"]
+    name, at = f"response.{part['type']}", {"item_id": item["id"], "output_index": index, "content_index": 0}
+    beside: Body = {"logprobs": []} if part["type"] == "output_text" else {}
+    begun = {**item, "status": "in_progress", "content": []}
+    return [
+        ("response.output_item.added", {"output_index": index, "item": begun}),
+        ("response.content_part.added", {**at, "part": {**part, "text": ""}}),
+        (f"{name}.delta", {**at, "delta": part["text"], **beside}),
+        (f"{name}.done", {**at, "text": part["text"], **beside}),
+        ("response.content_part.done", {**at, "part": part}),
+        ("response.output_item.done", {"output_index": index, "item": item}),
+    ]
 
 
 # Messages: Anthropic's form
@@ -244,25 +266,36 @@ def from_message(raw: bytes) -> Answer | None:
             "type": "message",
             "role": "assistant",
             "model": str(model),
-            "content": [part],
+            "content": list(blocks),
             "stop_reason": "end_turn",
             "usage": dict(usage),
-        } if _is_text(part, "text"):
-            return _message(model, part["text"], usage)
+        }:
+            return _message(model, blocks, usage)
     return None
 
 
-def _message(model: str, text: str, usage: Body) -> Answer | None:
-    answer = answers.whole(model, {"content": text}, usage, "end_turn")
-    told = answer is not None and answer.prompt_tokens is not None and answer.completion_tokens is not None
-    return answer if told else None  # a message without its usage is none that a client takes
+def _message(model: str, blocks: list[Any], usage: Body) -> Answer | None:
+    told = _told(blocks)
+    answer = answers.whole(model, told, usage, "end_turn") if told else None
+    counted = answer is not None and answer.prompt_tokens is not None and answer.completion_tokens is not None
+    return answer if counted else None  # a message without its usage is none that a client takes
+
+
+def _told(blocks: list[Any]) -> Body | None:
+    """The content of a message that is a text, or thinking and a text."""
+    match blocks:
+        case [text] if _is_text(text, "text"):
+            return {"content": text["text"]}
+        case [{"type": "thinking", "thinking": thinking, "signature": signature}, text] if _is_text(text, "text"):
+            return {"content": text["text"], "thinking": thinking, "signature": signature}
+    return None
 
 
 class MessageAssembly(Assembly):
     def __init__(self) -> None:
         super().__init__()
         self._model: str | None = None
-        self._text: list[str] = []
+        self._blocks: list[dict[str, list[str]]] = []  # the pieces of their fields
         self._usage: Body = {}
         self._stop_reason: object = None
 
@@ -272,31 +305,43 @@ class MessageAssembly(Assembly):
                 known, self._model = self._model, model
                 self._usage |= usage
                 return known is None
-            case {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": str(text)}}:
-                self._text.append(text)
-                return self._stop_reason is None
+            case {"type": "content_block_start", "index": index, "content_block": {"type": str(kind), **beside}}:
+                self._blocks.append({"type": [kind], kind: []})
+                return index == len(self._blocks) - 1 and not answers.telling(beside)
+            case {"type": "content_block_delta", "index": index, "delta": {"type": str(), **pieces}}:
+                return self._stop_reason is None and index == len(self._blocks) - 1 >= 0 and self._add_pieces(pieces)
             case {"type": "message_delta", "delta": {"stop_reason": reason}, "usage": dict(usage)}:
                 self._stop_reason = reason
                 self._usage |= {key: value for key, value in usage.items() if value is not None}
             case {"type": "message_stop"}:
                 self.done = True
-            case {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}:
-                return not self._text
             case {"type": "content_block_stop" | "ping"}:
                 pass
             case _:
                 return False
         return True
 
+    def _add_pieces(self, pieces: Body) -> bool:
+        """Add to the fields of the newest block; False when it is not text."""
+        for key, value in pieces.items():
+            self._blocks[-1].setdefault(key, []).append(value)
+        return all(isinstance(value, str) for value in pieces.values())
+
     def _whole(self) -> Answer | None:
         if self._model is None or self._stop_reason != "end_turn":
             return None
-        return _message(self._model, "".join(self._text), self._usage)
+        blocks = [{key: "".join(pieces) for key, pieces in block.items()} for block in self._blocks]
+        return _message(self._model, blocks, self._usage)
 
 
 def message(answer: Answer, new: Identity) -> bytes:
-    content = [{"type": "text", "text": answer.message["content"]}]
-    return orjson.dumps(_message_object(answer, new, content, answer.finish_reason, answer.usage))
+    return orjson.dumps(_message_object(answer, new, _blocks(answer), answer.finish_reason, answer.usage))
+
+
+def _blocks(answer: Answer) -> list[Body]:
+    thinking = {key: answer.message[key] for key in ("thinking", "signature") if key in answer.message}
+    before = [{"type": "thinking", **thinking}] if thinking else []
+    return [*before, {"type": "text", "text": answer.message["content"]}]
 
 
 def _message_object(answer: Answer, new: Identity, content: list[Body], reason: str | None, usage: Body | None) -> Body:
@@ -309,17 +354,21 @@ def message_stream(answer: Answer, new: Identity, include_usage: bool) -> bytes:
     end = {"stop_reason": answer.finish_reason, "stop_sequence": None}
     events: list[Body] = [
         {"type": "message_start", "message": begun},
-        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
-        {
-            "type": "content_block_delta",
-            "index": 0,
-            "delta": {"type": "text_delta", "text": answer.message["content"]},
-        },
-        {"type": "content_block_stop", "index": 0},
+        *(event for i, block in enumerate(_blocks(answer)) for event in _block_events(block, i)),
         {"type": "message_delta", "delta": end, "usage": answer.usage},
         {"type": "message_stop"},
     ]
     return b"".join(sse.event(orjson.dumps(event), event["type"]) for event in events)
+
+
+def _block_events(block: Body, index: int) -> list[Body]:
+    kind = block["type"]
+    deltas = [{"type": f"{key}_delta", key: value} for key, value in block.items() if key != "type"]
+    return [
+        {"type": "content_block_start", "index": index, "content_block": {"type": kind, kind: ""}},
+        *({"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas),
+        {"type": "content_block_stop", "index": index},
+    ]
 
 
 # What they share

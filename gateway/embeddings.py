@@ -10,9 +10,10 @@ from typing import Any
 import orjson
 
 from gateway.cache import Vector
+from gateway.config import EMBEDDER
 from gateway.errors import BadRequest, UnknownModel
 from gateway.request import BYTES_PER_TOKEN, Body, decode, typed
-from gateway.triton import EMBEDDER, MAX_CHARACTERS, Embedded, Reading
+from gateway.triton import MAX_CHARACTERS, Embedded, Reading
 
 ENCODINGS = ("float", "base64")
 EMBEDDING_FIELDS = frozenset({"input", "model", "encoding_format", "dimensions", "user"})
@@ -33,8 +34,8 @@ def parse_embeddings(raw: bytes, *, dimension: int, most: int) -> EmbeddingReque
     if model != EMBEDDER:
         raise UnknownModel(f"the model {model[:100]!r} gives no embeddings (known: {EMBEDDER})", param="model")
     typed(body, "user", str, "a string")
-    encoding = typed(body, "encoding_format", str, "a string") or "float"
-    if encoding not in ENCODINGS:
+    encoding = typed(body, "encoding_format", str, "a string")
+    if encoding not in (None, *ENCODINGS):
         raise BadRequest(f"encoding_format must be {' or '.join(ENCODINGS)}", param="encoding_format")
     wanted = typed(body, "dimensions", int, "a whole number")
     if wanted not in (None, dimension):
@@ -43,7 +44,7 @@ def parse_embeddings(raw: bytes, *, dimension: int, most: int) -> EmbeddingReque
     for i, text in enumerate(texts):
         if len(text) > MAX_CHARACTERS:
             raise _too_long(i)
-    return EmbeddingRequest(texts, encoding)
+    return EmbeddingRequest(texts, encoding or "float")
 
 
 def parse_classify(raw: bytes, *, most: int) -> tuple[str, ...]:

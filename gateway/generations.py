@@ -36,7 +36,7 @@ class Generation:
         self._idle.set()
 
     async def open(self) -> None:
-        self._state = await self._opened.enter_async_context(self._app.router.lifespan_context(self._app))
+        self._state = await self._opened.enter_async_context(self._app.router.lifespan_context(self._app)) or {}
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"].update(self._state)
@@ -59,10 +59,15 @@ class Generation:
         """Bring its gauges up to date."""
         self._state["upstream"].publish()
         self._state["dials"].publish()
+        self._state["metrics"].tasks.set(len(asyncio.all_tasks()))
 
-    async def finished(self) -> None:
-        """Return when no request is under way in it."""
-        await self._idle.wait()
+    async def retire(self) -> None:
+        """Close when no request is under way in it any more, or nobody waits for that any longer."""
+        try:
+            await self._idle.wait()
+        finally:
+            await self.close()
+        log.info("the last request in an earlier configuration has ended, and its clients are closed")
 
     async def close(self) -> None:
         await self._opened.aclose()
@@ -74,7 +79,7 @@ class Generations:
     def __init__(self, settings: Settings, lasting: Lasting) -> None:
         self._lasting = lasting
         self._current = Generation(settings, lasting)
-        self._retiring: dict[Generation, asyncio.Task[None]] = {}
+        self._retiring: set[asyncio.Task[None]] = set()
 
     @property
     def config(self) -> Config:
@@ -94,13 +99,9 @@ class Generations:
         old, self._current = self._current, new
         self._lasting.metrics.clear_parts()
         new.publish()
-        self._retiring[old] = asyncio.create_task(self._retire(old))
-
-    async def _retire(self, generation: Generation) -> None:
-        await generation.finished()
-        await generation.close()
-        del self._retiring[generation]
-        log.info("the last request in an earlier configuration has ended, its clients are closed")
+        retiring = asyncio.create_task(old.retire())
+        self._retiring.add(retiring)
+        retiring.add_done_callback(self._retiring.discard)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[Mapping[str, Any]]:
@@ -118,12 +119,10 @@ class Generations:
 
     async def _close(self) -> None:
         """Close all; nothing is under way any more, or is no longer waited for."""
-        retiring = dict(self._retiring)
-        for task in retiring.values():
-            task.cancel()
-        await asyncio.gather(*retiring.values(), return_exceptions=True)
-        for generation in (*retiring, self._current):
-            await generation.close()
+        for retiring in self._retiring:
+            retiring.cancel()
+        await asyncio.gather(*self._retiring, return_exceptions=True)
+        await self._current.close()
         await self._lasting.close()
 
     async def _publish(self) -> None:

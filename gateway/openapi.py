@@ -73,6 +73,9 @@ def typed_part(kind: str | list[str]) -> Json:
 
 CONTENT: Json = {"anyOf": [STRING, array(typed_part("text"), minItems=1)]}
 ITEM_CONTENT: Json = {"anyOf": [STRING, array(typed_part(["text", "input_text", "output_text"]))]}
+PROMPT: Json = {
+    "anyOf": [STRING, array(STRING, minItems=1), array(COUNT, minItems=1), array(array(COUNT), minItems=1)],
+}
 
 SCHEMAS: Json = {
     "Message": {
@@ -86,19 +89,11 @@ SCHEMAS: Json = {
         "description": _PASSED_ON,
     },
     "CompletionRequest": {
-        **fields(
-            ("model", "prompt"),
-            model=MODEL,
-            prompt={
-                "anyOf": [
-                    STRING,
-                    array(STRING, minItems=1),
-                    array(COUNT, minItems=1),
-                    array(array(COUNT), minItems=1),
-                ]
-            },
-            **STREAMING,
-        ),
+        "anyOf": [
+            fields(("prompt",), prompt=PROMPT),
+            fields(("prompt_embeds",), prompt={"type": "null"}, prompt_embeds={"not": {"type": "null"}}),
+        ],
+        **fields(("model",), model=MODEL, **STREAMING),
         "description": _PASSED_ON,
     },
     "InputItem": {
@@ -220,11 +215,14 @@ SCHEMAS: Json = {
     ),
     "Route": {
         **fields(
-            ("model", "endpoint", "rule", "reason", "category", "category_scores", "complexity", "cache"),
+            ("model", "endpoint", "endpoints", "fallback", "rule", "reason", "overrides", "complexity", "cache"),
             model=STRING,
-            endpoint=STRING,
+            endpoint={**STRING, "description": "that is asked first"},
+            endpoints=array(fields(("url", "state"), url=STRING, state=STRING)),
+            fallback=array({**STRING, "description": "models that answer when this one cannot"}),
             rule=STRING,
-            reason=STRING,
+            reason={**STRING, "description": "why this model, in words"},
+            overrides={"type": "object", "description": "what the rule changes in the request"},
             category=nullable(STRING),
             category_scores=nullable(SCORES),
             complexity=nullable(SHARE),
@@ -267,17 +265,21 @@ REASONS = {
     "401": "no API key, or none that is known",
     "403": "the tenant may not do this",
     "404": "the model, or the answer, is not known",
-    "408": "the body did not come in time",
+    "408": "the request did not come in time",
     "413": "more bytes than `listen.max_body_bytes`",
     "429": "the tenant has had its requests or tokens for now; Retry-After says when to ask again",
+    "431": "more headers than `listen` allows",
     "503": "what the request needs cannot be reached",
     "504": "the model's endpoint took the request and fell silent",
 }
+_LATE = "408 431"
+_REFUSED = f"400 401 403 413 429 503 {_LATE}"
 HEADERS: Json = {
     "x-request-id": {"schema": STRING},
     "x-fingerpost-cache": {"schema": {"enum": ["hit-exact", "hit-semantic", "miss", "bypass"]}},
     "x-fingerpost-cache-reason": {"schema": STRING, "description": "why the cache had no say"},
-    "x-fingerpost-model": {"schema": STRING},
+    "x-fingerpost-model": {"schema": STRING, "description": "that answered"},
+    "x-fingerpost-fallback-for": {"schema": STRING, "description": "the model that was chosen and could not"},
     "x-fingerpost-rule": {"schema": STRING},
     "x-fingerpost-category": {"schema": STRING},
     "x-fingerpost-complexity": {"schema": STRING},
@@ -334,7 +336,7 @@ def generation(summary: str, request: str, answer: str, *, operation: str, error
             "parameters": [{"$ref": f"#/components/parameters/{name}"} for name in PARAMETERS],
             "responses": {
                 "200": {"description": "the answer", "headers": HEADERS, "content": content},
-                **errors("400 401 403 404 408 413 429 503 504", {"anyOf": [ref(error), theirs]}),
+                **errors(f"{_REFUSED} 404 504", {"anyOf": [ref(error), theirs]}),
                 "default": {"description": "what the model's endpoint answered, as it answered it"},
             },
         }
@@ -349,14 +351,13 @@ def get(summary: str, answer: Json, statuses: str, **more: Any) -> Json:
             "responses": {
                 "200": {"description": "the answer", "content": more.pop("content", json_content(answer))},
                 **more.pop("responses", {}),
-                **errors(statuses, ref("Error")),
+                **errors(f"{statuses} {_LATE}", ref("Error")),
             },
             **more,
         }
     }
 
 
-_REFUSED = "400 401 403 408 413 429 503"
 _NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 PATHS: Json = {
     "/v1/chat/completions": generation(
@@ -398,8 +399,8 @@ PATHS: Json = {
         f"{_REFUSED} 404",
         operation="feedback",
     ),
-    "/v1/models": get("The models that may be asked for", ref("Models"), "401 429", operation="models"),
-    "/v1/models/{name}": get("One of them", ref("Model"), "401 403 404 429", operation="model", parameters=[_NAME]),
+    "/v1/models": get("The models that may be asked for", ref("Models"), "401", operation="models"),
+    "/v1/models/{name}": get("One of them", ref("Model"), "401 403 404", operation="model", parameters=[_NAME]),
     "/openapi.json": get("This document", {"type": "object"}, "", operation="openapi", security=[]),
     "/health": get("Whether this process answers", ref("Health"), "", operation="health", security=[]),
     "/ready": get(

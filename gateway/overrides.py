@@ -9,8 +9,7 @@ from typing import Any
 import orjson
 
 from gateway.config import Overrides, SystemPrompt
-
-Body = dict[str, Any]
+from gateway.request import Body
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = (
     "/v1/chat/completions",
@@ -27,6 +26,7 @@ LENGTHS: Mapping[str, tuple[tuple[str, ...], str | None]] = {
     MESSAGES: (("max_tokens",), None),
 }
 SYSTEM_ROLES = ("system", "developer")
+SYSTEM_FIELDS = {RESPONSES: "instructions", MESSAGES: "system"}  # beside the turns
 
 
 def output_tokens(body: Body, path: str = CHAT) -> int | None:
@@ -60,17 +60,28 @@ def scope(scope: str, overrides: Overrides) -> str:
 def _with_system(body: Body, prompt: SystemPrompt, path: str) -> Body:
     if path == COMPLETIONS:
         return {}
-    if path != CHAT:
-        key = "instructions" if path == RESPONSES else "system"
-        return {key: prompt.replace if prompt.replace is not None else _before(prompt.prepend, body.get(key))}
-    messages = body["messages"]
     if prompt.replace is not None:
-        rest = [message for message in messages if message["role"] not in SYSTEM_ROLES]
-        return {"messages": [{"role": "system", "content": prompt.replace}, *rest]}
-    first, *rest = messages
+        return _replaced(body, prompt.replace, path)
+    return _prepended(body, prompt.prepend, path)
+
+
+def _replaced(body: Body, text: str, path: str) -> Body:
+    asked = "input" if path == RESPONSES else "messages"
+    turns = body[asked]
+    if isinstance(turns, list):
+        turns = [turn for turn in turns if turn.get("role") not in SYSTEM_ROLES]
+    if path == CHAT:
+        return {asked: [{"role": "system", "content": text}, *turns]}
+    return {SYSTEM_FIELDS[path]: text, asked: turns}
+
+
+def _prepended(body: Body, text: str | None, path: str) -> Body:
+    if path != CHAT:
+        return {SYSTEM_FIELDS[path]: _before(text, body.get(SYSTEM_FIELDS[path]))}
+    first, *rest = body["messages"]
     if first["role"] not in SYSTEM_ROLES:
-        return {"messages": [{"role": "system", "content": prompt.prepend}, *messages]}
-    return {"messages": [{**first, "content": _before(prompt.prepend, first.get("content"))}, *rest]}
+        return {"messages": [{"role": "system", "content": text}, first, *rest]}
+    return {"messages": [{**first, "content": _before(text, first.get("content"))}, *rest]}
 
 
 def _before(text: str | None, content: Any) -> Any:

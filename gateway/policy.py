@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from gateway.condition import Prompt as Prompt
 from gateway.condition import facts
 from gateway.condition import holds as holds
-from gateway.config import DEFAULT_RULE, Model, Overrides, Policy, Rule
+from gateway.config import DEFAULT_RULE, Model, Overrides, Policy, Rule, Share
 
 SIZES = ("small", "medium", "large")
 NO_OVERRIDES = Overrides()
@@ -32,14 +33,6 @@ NO_BARS: Mapping[str, Bar] = {}
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
-    model: str
-    rule: str
-    reason: str  # why this model, in words
-    overrides: Overrides = NO_OVERRIDES  # what the rule changes in the request
-
-
-@dataclass(frozen=True, slots=True)
 class Pull:
     """What a request tells of a rule with a share: how strongly it asks for the rule's model."""
 
@@ -47,6 +40,15 @@ class Pull:
     earlier: float | None  # the highest of the earlier turns, likewise
     forced: bool  # it goes to that model wherever the bar is
     given: bool  # it goes to that model
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    model: str
+    rule: str
+    reason: str  # why this model, in words
+    overrides: Overrides = NO_OVERRIDES  # what the rule changes in the request
+    pulls: Mapping[str, Pull] = field(default_factory=dict)  # by rule with a share; empty when nothing read the prompt
 
 
 def decide(
@@ -62,91 +64,106 @@ def decide(
     a smaller model than an earlier turn is given, and one whose window the conversation fits into. `bars` are those of
     the rules with a share, by the rule's name; without its bar such a rule does not hold.
     """
-    newest = _of_turn(policy, models, prompt, {name: bar.newest for name, bar in bars.items()})
-    at_earlier = {name: bar.earlier for name, bar in bars.items()}
-    before = [_of_turn(policy, models, turn, at_earlier) for turn in earlier]
-    return _fitting(_kept(newest, before, models), models, prompt)
+    conversation = _Conversation(policy, models, earlier, prompt)
+    chosen = conversation.choice(bars)
+    pulls = {
+        rule.name: conversation.pull(rule.name, rule.share.model, bars)
+        for rule in policy.rules
+        if rule.share is not None and prompt.complexity is not None
+    }
+    return Decision(chosen.model.name, chosen.rule, chosen.why(), chosen.overrides, pulls)
 
 
-def pulls(
-    policy: Policy, models: Sequence[Model], prompt: Prompt, earlier: Sequence[Prompt], bars: Mapping[str, Bar]
-) -> dict[str, Pull]:
-    """What a request tells of each rule with a share, by the rule's name; nothing when its prompt was not read."""
-    if prompt.complexity is None:
-        return {}
-    shared = [(rule, rule.share.model) for rule in policy.rules if rule.share is not None]
-    return {rule.name: _pull(rule, model, policy, models, prompt, earlier, bars) for rule, model in shared}
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    prompt: Prompt
+    rules: tuple[Rule, ...]  # whose conditions hold, up to one that surely decides
+    is_newest: bool
 
 
-def _pull(
-    rule: Rule,
-    model: str,
-    policy: Policy,
-    models: Sequence[Model],
-    prompt: Prompt,
-    earlier: Sequence[Prompt],
-    bars: Mapping[str, Bar],
-) -> Pull:
-    def decided(bar: Mapping[str, Bar]) -> bool:
-        return decide(policy, models, prompt, earlier, {**bars, **bar}).model == model
-
-    others = {name: bar.newest for name, bar in bars.items()}
-    could = decided({rule.name: OPEN})
-
-    def asking(turns: Iterable[Prompt]) -> Iterator[float]:
-        for turn in turns if could else ():
-            through = _of_turn(policy, models, turn, {**others, rule.name: -math.inf})
-            if turn.complexity is not None and through.rule == rule.name:
-                yield turn.complexity
-
-    return Pull(
-        newest=max(asking([prompt]), default=None),
-        earlier=max(asking(earlier), default=None),
-        forced=decided({rule.name: SHUT}),
-        given=decided({}),
-    )
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    model: Model
+    rule: str
+    why: Callable[[], str]  # worked out only for the choice that is taken
+    overrides: Overrides = NO_OVERRIDES
 
 
-def _of_turn(policy: Policy, models: Sequence[Model], prompt: Prompt, bars: Mapping[str, float]) -> Decision:
-    """Who answers one turn, whatever was before it and however long it is."""
+class _Conversation:
+    """The turns of a conversation, which are decided several times when there are shares, with other bars each time."""
+
+    def __init__(self, policy: Policy, models: Sequence[Model], earlier: Sequence[Prompt], newest: Prompt) -> None:
+        self._models = {model.name: model for model in models}
+        self._default = self._models[policy.default]
+        before = [_Turn(prompt, tuple(_holding(policy, prompt)), is_newest=False) for prompt in earlier]
+        self._turns = [*before, _Turn(newest, tuple(_holding(policy, newest)), is_newest=True)]
+
+    def choice(self, bars: Mapping[str, Bar]) -> _Choice:
+        *earlier, newest = (self._of_turn(turn, bars) for turn in self._turns)
+        return _fitting(_kept(newest, earlier), self._models.values(), self._turns[-1].prompt)
+
+    def pull(self, rule: str, model: str, bars: Mapping[str, Bar]) -> Pull:
+        """What the conversation tells of the rule of this name, whose share is that of `model`."""
+
+        def given(at: Mapping[str, Bar]) -> bool:
+            return self.choice({**bars, **at}).model.name == model
+
+        asking: dict[bool, list[float]] = {True: [], False: []}  # complexities, by whether the turn is the newest
+        opened = {rule: OPEN}
+        for turn in self._turns if given(opened) else ():
+            through = self._of_turn(turn, {**bars, **opened}).rule == rule
+            if through and turn.prompt.complexity is not None:
+                asking[turn.is_newest].append(turn.prompt.complexity)
+        return Pull(
+            newest=max(asking[True], default=None),
+            earlier=max(asking[False], default=None),
+            forced=given({rule: SHUT}),
+            given=given({}),
+        )
+
+    def _of_turn(self, turn: _Turn, bars: Mapping[str, Bar]) -> _Choice:
+        """Who answers one turn, whatever was before it and however long it is."""
+        for rule in turn.rules:
+            if choice := self._of_rule(rule, turn, bars):
+                return choice
+        return _Choice(self._default, DEFAULT_RULE, lambda: "no rule holds")
+
+    def _of_rule(self, rule: Rule, turn: _Turn, bars: Mapping[str, Bar]) -> _Choice | None:
+        """None when the rule needs what was not predicted, or the bar is higher."""
+        if rule.model is not None:
+            return _Choice(self._models[rule.model], rule.name, partial(_held, rule, turn.prompt), rule)
+        if rule.share is not None:
+            return self._of_share(rule, rule.share, turn, bars.get(rule.name))
+        return self._of_quality(rule, turn.prompt)
+
+    def _of_share(self, rule: Rule, share: Share, turn: _Turn, bar: Bar | None) -> _Choice | None:
+        complexity = turn.prompt.complexity
+        if complexity is None or bar is None:
+            return None
+        least = bar.newest if turn.is_newest else bar.earlier
+        if complexity < least:
+            return None
+        return _Choice(self._models[share.model], rule.name, partial(_among, share.at_most, complexity, least), rule)
+
+    def _of_quality(self, rule: Rule, prompt: Prompt) -> _Choice | None:
+        quality = prompt.quality
+        named = rule.among or quality
+        candidates = [model for name, model in self._models.items() if name in quality and name in named]
+        if rule.cheapest_within is None or not candidates:
+            return None
+        tokens = _tokens(prompt, rule)
+        candidates = [model for model in candidates if tokens <= model.context_window] or candidates
+        chosen = cheapest_within(rule.cheapest_within, candidates, quality)
+        why = partial(_near_the_best, rule.cheapest_within, chosen, candidates, quality)
+        return _Choice(chosen, rule.name, why, rule)
+
+
+def _holding(policy: Policy, prompt: Prompt) -> Iterator[Rule]:
     for rule in policy.rules:
-        if holds(rule.when, prompt) and (decision := _choice(rule, models, prompt, bars)):
-            return decision
-    return Decision(policy.default, DEFAULT_RULE, "no rule holds")
-
-
-def _choice(rule: Rule, models: Sequence[Model], prompt: Prompt, bars: Mapping[str, float]) -> Decision | None:
-    """The model of a rule whose condition holds; None when it needs what was not predicted or the bar is higher."""
-    if rule.model is not None:
-        why = ", ".join(facts(rule.when, prompt))
-        return Decision(rule.model, rule.name, f"its rule holds ({why})" if why else "its rule always holds", rule)
-    if rule.share is not None:
-        return _of_share(rule, rule.share.model, rule.share.at_most, prompt.complexity, bars.get(rule.name))
-    return _of_quality(rule, models, prompt)
-
-
-def _of_share(rule: Rule, model: str, at_most: float, complexity: float | None, bar: float | None) -> Decision | None:
-    if complexity is None or bar is None or complexity < bar:
-        return None
-    share, begin = f"the highest {100 * at_most:g} %", f"which begin at {max(bar, 0):.3f}"
-    reason = f"its complexity ({complexity:.3f}) is among {share}, {begin}"
-    return Decision(model, rule.name, reason, rule)
-
-
-def _of_quality(rule: Rule, models: Sequence[Model], prompt: Prompt) -> Decision | None:
-    quality = prompt.quality
-    candidates = [model for model in models if model.name in quality and model.name in (rule.among or quality)]
-    if rule.cheapest_within is None or not candidates:
-        return None
-    tokens = _tokens(prompt, rule)
-    candidates = [model for model in candidates if tokens <= model.context_window] or candidates
-    best = max(candidates, key=lambda model: quality[model.name])
-    chosen = cheapest_within(rule.cheapest_within, candidates, quality)
-    reason = (
-        f"the cheapest whose predicted quality ({quality[chosen.name]:.3f}) is within {rule.cheapest_within:g} "
-        f"of the best ({best.name}, {quality[best.name]:.3f})"
-    )
-    return Decision(chosen.name, rule.name, reason, rule)
+        if holds(rule.when, prompt):
+            yield rule
+            if rule.model is not None:
+                return
 
 
 def cheapest_within(margin: float, models: Sequence[Model], quality: Mapping[str, float]) -> Model:
@@ -163,20 +180,47 @@ def _price(model: Model) -> tuple[float, float]:
     return model.price_per_million_tokens.output, model.price_per_million_tokens.input
 
 
+# Why, in words
+
+
+def _held(rule: Rule, prompt: Prompt) -> str:
+    why = ", ".join(facts(rule.when, prompt))
+    return f"its rule holds ({why})" if why else "its rule always holds"
+
+
+def _among(at_most: float, complexity: float, least: float) -> str:
+    share, begin = f"the highest {100 * at_most:g} %", f"which begin at {least:.3f}"
+    return f"its complexity ({complexity:.3f}) is among {share}, {begin}"
+
+
+def _near_the_best(margin: float, chosen: Model, models: Sequence[Model], quality: Mapping[str, float]) -> str:
+    best = max(models, key=lambda model: quality[model.name])
+    return (
+        f"the cheapest whose predicted quality ({quality[chosen.name]:.3f}) is within {margin:g} "
+        f"of the best ({best.name}, {quality[best.name]:.3f})"
+    )
+
+
 # The conversation and the window
 
 
-def _kept(newest: Decision, earlier: Sequence[Decision], models: Sequence[Model]) -> Decision:
-    """The latest of the decisions on earlier turns with the largest model, when that of the newest turn is smaller."""
-    sizes = {model.name: SIZES.index(model.size) for model in models}
-    largest = max(reversed(earlier), key=lambda decision: sizes[decision.model], default=newest)
-    if sizes[largest.model] <= sizes[newest.model]:
+def _size(model: Model) -> int:
+    return SIZES.index(model.size)
+
+
+def _kept(newest: _Choice, earlier: Sequence[_Choice]) -> _Choice:
+    """The latest of the choices for earlier turns with the largest model, when that of the newest turn is smaller."""
+    largest = max(reversed(earlier), key=lambda choice: _size(choice.model), default=newest)
+    if _size(largest.model) <= _size(newest.model):
         return newest
-    reason = (
-        f"an earlier turn of the conversation is given it by {largest.rule}: {largest.reason}; "
-        f"this turn alone would be given {newest.model} by {newest.rule}"
-    )
-    return replace(largest, reason=reason)
+
+    def why() -> str:
+        return (
+            f"an earlier turn of the conversation is given it by {largest.rule}: {largest.why()}; "
+            f"this turn alone would be given {newest.model.name} by {newest.rule}"
+        )
+
+    return replace(largest, why=why)
 
 
 def _tokens(prompt: Prompt, overrides: Overrides) -> int:
@@ -185,30 +229,31 @@ def _tokens(prompt: Prompt, overrides: Overrides) -> int:
     return prompt.context_tokens + overrides.added_tokens + min(lengths, default=0)
 
 
-def _fitting(decision: Decision, models: Sequence[Model], prompt: Prompt) -> Decision:
-    """The decision, or another model when the conversation does not fit into the window of the one it names.
+def _fitting(choice: _Choice, models: Collection[Model], prompt: Prompt) -> _Choice:
+    """The choice, or another model when the conversation does not fit into the window of the one it names.
 
     The next by size: of those that it fits into, one of the same size or the nearest larger, then the nearest smaller,
     the cheaper first. Without any, the one with the largest window, whose own words the client gets.
     """
-    tokens = _tokens(prompt, decision.overrides)
-    chosen = next(model for model in models if model.name == decision.model)
+    tokens, chosen = _tokens(prompt, choice.overrides), choice.model
     if tokens <= chosen.context_window:
-        return decision
-    size = SIZES.index(chosen.size)
+        return choice
 
     def distance(model: Model) -> tuple[bool, int, tuple[float, float]]:
-        step = SIZES.index(model.size) - size
+        step = _size(model) - _size(chosen)
         return step < 0, abs(step), _price(model)
 
     fitting = [model for model in models if tokens <= model.context_window]
     if fitting:
-        other, words = min(fitting, key=distance), "the next by size that they fit into"
+        other, words = min(fitting, key=distance), "is the next by size that they fit into"
     else:
         other = max(models, key=lambda model: (model.context_window, model is chosen))
-        words = "the largest window of all"
-    reason = (
-        f"about {tokens} tokens, the answer included, do not fit into the {chosen.context_window} of {chosen.name}; "
-        f"{other.name} has {words}; {chosen.name} because {decision.reason}"
-    )
-    return replace(decision, model=other.name, reason=reason)
+        words = "has the largest window of all"
+
+    def why() -> str:
+        return (
+            f"about {tokens} tokens, the answer included, do not fit into the {chosen.context_window} of "
+            f"{chosen.name}; {other.name} {words}; {chosen.name} because {choice.why()}"
+        )
+
+    return replace(choice, model=other, why=why)

@@ -111,9 +111,13 @@ class Reloads:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._task = None
-        if not task.cancelled() and (error := task.exception()):
+        if task.cancelled():
+            return
+        if error := task.exception():
             log.error("the new configuration cannot be used, the one before stays in force", exc_info=error)
             self._note("failed")
+        if self._asked:  # meanwhile
+            self.ask()
 
     def _applied(self) -> None:
         self._metrics.reloaded.set(1)

@@ -114,9 +114,8 @@ def beside(body: Body, asked: str, turns: list[Body]) -> list[Any]:
 
 def _without_text(content: object) -> object:
     """What a message's content says beside its text: nothing, for a string."""
-    if not isinstance(content, list):
-        return []
-    beside = ({key: value for key, value in part.items() if key not in ("type", "text")} for part in content)
+    parts = (part for part in content if isinstance(part, dict)) if isinstance(content, list) else ()
+    beside = ({key: value for key, value in part.items() if key not in ("type", "text")} for part in parts)
     return [fields for fields in beside if fields]
 
 

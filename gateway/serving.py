@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ log = logging.getLogger("fingerpost")
 T = TypeVar("T")
 
 TICK_SECONDS = 0.05
+GOODBYE_SECONDS = 1.0  # for a client to close its side, too, as TLS would have it
 BREAK_OFF_SECONDS = 1.0  # for requests whose connection is closed to see it
 
 
@@ -42,19 +44,20 @@ class Server(uvicorn.Server):
 
     def __init__(self, application: Generations, lasting: Lasting) -> None:
         listen = application.config.listen
-        super().__init__(
-            uvicorn.Config(
-                application,
-                http=connections(lambda: application.config.listen),  # type: ignore[arg-type]
-                ws="none",
-                lifespan="on",
-                ssl_certfile=listen.tls and listen.tls.cert_file,
-                ssl_keyfile=listen.tls and listen.tls.key_file,
-                access_log=False,
-                log_config=None,
-                server_header=False,
-            )
+        config = uvicorn.Config(
+            application,
+            http=connections(lambda: application.config.listen),  # type: ignore[arg-type]
+            ws="none",
+            lifespan="on",
+            proxy_headers=False,
+            access_log=False,
+            log_config=None,
+            server_header=False,
         )
+        config.load()
+        if listen.tls is not None:  # not by uvicorn, which has ciphers of its own
+            config.ssl = certificates.server(listen.tls.cert_file, listen.tls.key_file)
+        super().__init__(config)
         self.handlers: Mapping[signal.Signals, Callable[[], object]] = {}  # while it runs
         self._application = application
         self._lasting = lasting
@@ -116,9 +119,12 @@ class Server(uvicorn.Server):
             for connection in self._connections:
                 connection.shutdown()
             await asyncio.sleep(TICK_SECONDS)
+        sent = time.monotonic()
         while self.server_state.connections or self.server_state.tasks:
             for connection in self._connections:
                 connection.transport.close()
+                if time.monotonic() - sent > GOODBYE_SECONDS and not connection.transport.get_write_buffer_size():
+                    connection.transport.abort()
             await asyncio.sleep(TICK_SECONDS)
 
     async def _break_off(self, seconds: float) -> None:
@@ -140,7 +146,7 @@ def serve(source: Source, settings: Settings) -> None:
     server.handlers = {
         signal.SIGTERM: server.stop_or_end,
         signal.SIGINT: server.stop_or_end,
-        signal.SIGHUP: lambda: lasting.draining or reloads.ask(),
+        signal.SIGHUP: lambda: None if lasting.draining else reloads.ask(),
     }
     run(server.serve(listening(settings.config.listen)))
 

@@ -39,13 +39,17 @@ class Siblings:
         """What the one that remembers the answer says. Raises `UnknownAnswer`, `PartUnavailable`."""
         question = orjson.dumps({"tenant": tenant, "verdict": verdict}) + b"\n"
         for other in self._others:
-            with contextlib.suppress(OSError, TimeoutError):  # it is just being replaced
+            try:
                 async with asyncio.timeout(ANSWER_SECONDS):
                     said = await _asked(other, question)
-                if "unavailable" in said:
-                    raise PartUnavailable(said["unavailable"])
-                if "taken" in said:
-                    return dict(said["taken"])
+            except TimeoutError as error:
+                raise PartUnavailable("another worker does not answer; send the feedback again") from error
+            except OSError:
+                continue  # it is just being replaced, and remembers nothing
+            if "unavailable" in said:
+                raise PartUnavailable(said["unavailable"])
+            if "taken" in said:
+                return dict(said["taken"])
         raise UnknownAnswer("no answer of this id is remembered here", param="id")
 
 

@@ -1,7 +1,7 @@
 """What tenants have used of their limits, as one process counts it or as all workers do together.
 
 Workers count in a file that each of them has in memory: a row for each tenant, locked while somebody counts in it. The
-lock of a worker that dies is free, and its running requests are forgotten when another one takes its number.
+lock of a worker that dies is free, and its running requests are forgotten.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import math
 import mmap
+import os
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
@@ -17,11 +18,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
-REQUESTS, TOKENS, RUNNING = (
-    0,
-    2,
-    4,
-)  # where a row has a bucket's level and its time, and where the workers' counts begin
+# Where a row has a bucket's level and its time, and where the workers' counts begin.
+REQUESTS, TOKENS, RUNNING = 0, 2, 4
 UNUSED = (0.0, -math.inf)  # of a bucket: by now it is full
 NUMBER = struct.Struct("d")
 
@@ -73,6 +71,12 @@ class Board:
         self._file.flush()
         return dict(self._rows)
 
+    def forget(self, worker: int) -> None:
+        """Nothing is running any more in one that has died; nobody else writes its counts."""
+        for row in range(len(self._rows)):
+            cell = row * len(self._row) + RUNNING + worker
+            os.pwrite(self.fileno(), NUMBER.pack(0), cell * NUMBER.size)
+
 
 class Together:
     """The tallies of one worker among several."""
@@ -91,13 +95,6 @@ class Together:
         if rows:
             length = len(rows) * self._size * NUMBER.size
             self._cells = cast(MutableSequence[float], memoryview(mmap.mmap(self._board, length)).cast("d"))
-
-    def begin(self) -> None:
-        """Whoever had this worker's number before has no requests any more."""
-        for tenant in self._rows:
-            tally = self(tenant)
-            with tally.lock():
-                tally.run(-int(tally.cells[RUNNING + self._worker]))
 
     def __call__(self, tenant: str) -> Tally:
         begin = self._rows[tenant] * self._size

@@ -89,8 +89,8 @@ class Account:
         """`tally`: what it has used; without one, nothing."""
         self.tenant = tenant
         self._tally = tally or Alone()("")
-        self._requests = _bucket(tenant and tenant.requests_per_minute, clock, self._tally, REQUESTS)
-        self._tokens = _bucket(tenant and tenant.tokens_per_minute, clock, self._tally, TOKENS)
+        self._requests = _bucket(tenant.requests_per_minute if tenant else None, clock, self._tally, REQUESTS)
+        self._tokens = _bucket(tenant.tokens_per_minute if tenant else None, clock, self._tally, TOKENS)
         self._most_at_once = tenant.concurrent_requests if tenant else None
 
     @property
@@ -177,7 +177,7 @@ class Admission:
     def allows(self, model: str) -> bool:
         """Whether the tenant may ask for this model or alias."""
         tenant = self._account.tenant
-        return tenant is None or not tenant.models or model in tenant.models
+        return tenant is None or tenant.models is None or model in tenant.models
 
     def check_model(self, model: str) -> None:
         """Raises `ModelNotAllowed`."""
@@ -219,9 +219,11 @@ class Tenants:
     ) -> None:
         """`tallies`: what the tenants of these names have used; without them, nothing."""
         tallies = tallies or Alone()
-        accounts = [Account(tenant, clock, tallies(tenant.name)) for tenant in tenants]
         self._anybody = None if tenants else Account(None, clock)
-        self._accounts = [(key, account) for account in accounts for key in _keys(account.tenant)]
+        self._accounts: list[tuple[str, Account]] = []
+        for tenant in tenants:
+            account = Account(tenant, clock, tallies(tenant.name))
+            self._accounts += [(sha256, account) for sha256 in tenant.key_sha256]
 
     def account(self, headers: Headers) -> Account:
         """Whose request this is. Raises `Unauthenticated`."""
@@ -239,24 +241,36 @@ class Tenants:
 
 
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_PROMPT = ("prompt_tokens", "input_tokens")
+_ANSWER = ("completion_tokens", "output_tokens")
 
 
 def usage(piece: bytes) -> dict[str, int]:
-    """The figures under `usage` in an answer or an event of any of the APIs; empty when there are none."""
+    """The figures under `usage` in an answer or an event of any of the APIs; empty when there are none.
+
+    Anthropic's first event has them under `message`, where those of the answer, which has only begun, are left out.
+    """
     try:
         body = orjson.loads(piece)
     except orjson.JSONDecodeError:
         return {}
-    for holder in (body, *(body.get(key) for key in ("response", "message"))) if isinstance(body, dict) else ():
-        if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
-            return {key: value for key, value in holder["usage"].items() if type(value) is int and value >= 0}
+    if not isinstance(body, dict):
+        return {}
+    begun = {name: count for name, count in _figures(body.get("message")).items() if name in _PROMPT}
+    return begun or _figures(body) or _figures(body.get("response"))
+
+
+def _figures(holder: object) -> dict[str, int]:
+    if isinstance(holder, dict) and isinstance(told := holder.get("usage"), dict):
+        return {name: count for name, count in told.items() if type(count) is int and count >= 0}
     return {}
 
 
 def total(figures: Mapping[str, int]) -> int:
-    """Tokens of prompt and answer, in OpenAI's words or in Anthropic's; 0 when they are not told."""
-    names = ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens")
-    return figures.get("total_tokens") or sum(figures.get(name, 0) for name in names)
+    """Tokens of prompt and answer, in OpenAI's words or in Anthropic's; 0 while those of the answer are not told."""
+    if figures.keys().isdisjoint(("total_tokens", *_ANSWER)):
+        return 0
+    return figures.get("total_tokens") or sum(figures.get(name, 0) for name in (*_PROMPT, *_ANSWER))
 
 
 def duration(seconds: float) -> str:
@@ -271,7 +285,3 @@ def duration(seconds: float) -> str:
 
 def _bucket(limit: int | None, clock: Clock, tally: Tally, first: int) -> Bucket | None:
     return None if limit is None else Bucket(limit, clock, tally.cells, first)
-
-
-def _keys(tenant: Tenant | None) -> tuple[str, ...]:
-    return tenant.key_sha256 if tenant else ()

@@ -13,10 +13,10 @@ from tritonclient.utils import InferenceServerException
 
 from gateway import config
 from gateway.cache import Vector
+from gateway.config import EMBEDDER
 from gateway.contract import Contract
 
 MODEL = "router"
-EMBEDDER = "embedder"
 BATCH_TEXTS = 8  # of one call: a request that is being routed meanwhile waits for no more than these
 MAX_CHARACTERS = 32_768  # longer texts are cut before they are sent, and count as truncated
 

@@ -3,7 +3,7 @@
 Nothing has been sent to the client until `Upstream.send` returns. Until then an endpoint that cannot be reached, breaks
 off before its first byte, or answers with one of `upstream.retry_statuses` is passed over for another one. After a
 time-out the request may be half generated there (closing the connection tells vLLM to stop), and another endpoint would
-generate it a second time: `upstream.timeout_retry_share` of all requests at most get that, the others fail.
+generate it a second time: `upstream.timeout_retry_share` of a model's requests at most get that, the others fail.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import orjson
 from aiohttp.http_exceptions import HttpProcessingError
 
 from gateway import config, sse
-from gateway.endpoints import Address, Endpoint, Endpoints, Figures, Kind, Lease, State
+from gateway.endpoints import Address, Allowance, Endpoint, Endpoints, Figures, Kind, Lease, State
 from gateway.errors import ApiError, UpstreamTimeout, UpstreamUnavailable
 from gateway.metrics import Metrics
 
@@ -38,6 +38,7 @@ WAIT_SECONDS = 1.0  # for an endpoint that is busy and does not say for how long
 # What an answer's header may tell the client; the rest describes this connection, not the answer.
 PASSED_ON = ("content-type", "retry-after")
 OK, BUSY, NOT_IMPLEMENTED = 200, 429, 501
+STATUSES = range(200, 600)
 KEY_REFUSED = (401, 403)  # of the model's `api_key`, which is no business of the client's
 
 Body = Callable[[config.Model], bytes]  # what a model is sent
@@ -65,20 +66,22 @@ class Reply:
         """`failed` is told the kind of a failure and its words."""
         self.model = model  # whose answer it is
         self.status = response.status
-        self.is_stream = response.status == OK and response.content_type == "text/event-stream"
-        self.headers: Mapping[str, str] = {
-            name: response.headers[name] for name in PASSED_ON if name in response.headers
-        }
+        found = {name: response.headers.get(name, "") for name in PASSED_ON}
+        self.headers: Mapping[str, str] = {name: value for name, value in found.items() if value and value.isascii()}
+        self.is_stream = response.status == OK and is_event_stream(found["content-type"])
         self.body = b""  # of an answer that is not a stream
         self._response = response
         self._lease = lease
         self._failed = failed
         self._first = b""
         self._end: asyncio.TimerHandle | None = None
+        self._is_late = False
 
     async def begin(self, max_bytes: int) -> None:
         """Read the first piece of a stream, all of another answer. Raises `UpstreamBroken` and what is FOREIGN."""
         content = self._response.content
+        if self.status not in STATUSES:
+            raise UpstreamBroken(f"status {self.status} is none that answers a request")
         if not self.is_stream:
             self.body = await _all(content, max_bytes)
             return
@@ -98,15 +101,15 @@ class Reply:
             async for chunk in self._response.content.iter_any():
                 yield chunk
         except FOREIGN as error:
-            if self._end is not None and self._end.when() <= asyncio.get_running_loop().time():
+            if self._is_late:
                 raise UpstreamBroken("it took longer than upstream.total_timeout_seconds") from error
             self._failed("broken", _words(error))
-            raise UpstreamBroken(_words(error)) from error
+            raise UpstreamBroken(_words(error)) from None  # whose own words may repeat what the server sent
         self._lease.whole()
 
     def end_at(self, when: float) -> None:
         """Break the answer off at this time of the event loop's clock."""
-        self._end = asyncio.get_running_loop().call_at(when, self._response.close)
+        self._end = asyncio.get_running_loop().call_at(when, self._break_off)
 
     def close(self) -> None:
         """Let go of the connection; an unfinished answer is abandoned, which tells vLLM to stop generating."""
@@ -114,6 +117,10 @@ class Reply:
             self._end.cancel()
         self._response.close()
         self._lease.given_up()
+
+    def _break_off(self) -> None:
+        self._is_late = True
+        self._response.close()
 
 
 @dataclass(slots=True)
@@ -126,8 +133,9 @@ class _Search:
     stream: bool
     deadline: float  # of the event loop's clock
     patience: float  # seconds that it may still wait for endpoints that asked for it
+    second_tries: Allowance  # of the model that was chosen
     tried: set[Endpoint] = field(default_factory=set)
-    sent: Counter[str] = field(default_factory=Counter)  # requests by model
+    sent: Counter[str] = field(default_factory=Counter)  # requests by model; where nobody can be reached none is sent
     refusal: Reply | None = None  # the last answer that another endpoint may better
     error: ApiError | None = None
 
@@ -153,7 +161,7 @@ class Upstream:
                 limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS, ssl=settings.tls.context() if settings.tls else True
             ),
             timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=settings.connect_timeout_seconds, sock_read=settings.idle_timeout_seconds
+                total=None, connect=settings.connect_timeout_seconds, sock_read=settings.idle_timeout_seconds
             ),
             auto_decompress=False,
             skip_auto_headers=("Accept-Encoding", "User-Agent"),
@@ -169,8 +177,9 @@ class Upstream:
         Raises `UpstreamUnavailable` without one, `UpstreamTimeout` when an endpoint took the request and fell silent.
         """
         deadline = asyncio.get_running_loop().time() + self._settings.total_timeout_seconds
-        search = _Search(body, request_id, path, stream, deadline, self._settings.max_wait_seconds)
-        self._endpoints[models[0].name].second_tries.earn()
+        second_tries = self._endpoints[models[0].name].second_tries
+        second_tries.earn()
+        search = _Search(body, request_id, path, stream, deadline, self._settings.max_wait_seconds, second_tries)
         for desperate in (False, True):
             for model in models:
                 if (reply := await self._ask(search, model, desperate=desperate)) is not None:
@@ -208,11 +217,11 @@ class Upstream:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def check(self, model: config.Model) -> bool:
-        """Whether some endpoint of the model is healthy; if checks are not enabled, as far as requests have shown."""
+        """Whether some endpoint of the model is healthy; without health checks, as far as requests have shown."""
         endpoints = self._endpoints[model.name]
         if not self._settings.health_check.enabled:
             return endpoints.choose() is not None
-        return any(await asyncio.gather(*(self._check(endpoint.address) for endpoint in endpoints.all)))
+        return any(await asyncio.gather(*(self._is_healthy(endpoint.address.url) for endpoint in endpoints.all)))
 
     async def close(self) -> None:
         await self._session.close()
@@ -243,9 +252,11 @@ class Upstream:
                 reply = await self._exchange(search, model, lease, failed, limit)
             except (UpstreamBroken, *FOREIGN) as error:
                 failed(_reason(error), _words(error))
+                if isinstance(error, aiohttp.ClientConnectorError):
+                    search.sent[model.name] -= 1
                 if _reason(error) == "timeout":
                     search.error = UpstreamTimeout(f"model {model.name!r} was silent for too long")
-                    if not endpoints.second_tries.spend():
+                    if not search.second_tries.spend():
                         raise search.error from error
                 return None
             undo.pop_all()
@@ -312,22 +323,19 @@ class Upstream:
         return UpstreamUnavailable(f"no endpoint of model {names} {words}", seconds=min(waits, default=None))
 
     async def _watch(self, address: Address) -> None:
+        """Ask the server again and again whether it is healthy, and remember what it says."""
         while True:
-            await self._check(address)
+            healthy = await self._is_healthy(address.url)
+            self._metrics.health_checks.labels(address.url, "healthy" if healthy else "failed").inc()
+            if address.checked(healthy=healthy):
+                log.warning("%s %s", address.url, "answers its health checks again" if healthy else "is down")
             await asyncio.sleep(self._settings.health_check.interval_seconds)
 
-    async def _check(self, address: Address) -> bool:
-        """Ask the server whether it is healthy, and remember what it says."""
-        healthy = await self._is_healthy(address.url + self._settings.health_check.path)
-        self._metrics.health_checks.labels(address.url, "healthy" if healthy else "failed").inc()
-        if address.checked(healthy=healthy):
-            log.warning("%s %s", address.url, "answers its health checks again" if healthy else "is down")
-        return healthy
-
     async def _is_healthy(self, url: str) -> bool:
-        timeout = aiohttp.ClientTimeout(total=self._settings.health_check.timeout_seconds)
+        check = self._settings.health_check
+        timeout = aiohttp.ClientTimeout(total=check.timeout_seconds)
         try:
-            async with self._session.get(url, timeout=timeout, allow_redirects=False) as response:
+            async with self._session.get(url + check.path, timeout=timeout, allow_redirects=False) as response:
                 return response.status == OK
         except FOREIGN:
             return False
@@ -363,13 +371,17 @@ async def _all(content: aiohttp.StreamReader, max_bytes: int) -> bytes:
     return bytes(body)
 
 
+def is_event_stream(content_type: str) -> bool:
+    return content_type.partition(";")[0].strip().lower() == "text/event-stream"
+
+
 def retry_after(value: str | None, now: datetime) -> float:
     """Seconds that a Retry-After header asks for, as a number or as a date (RFC 9110, 10.2.3)."""
     if value is not None and re.fullmatch(r"[0-9]{1,9}", value):
         return float(value)
     try:
         date = parsedate_to_datetime(value or "")
-    except ValueError:
+    except (ValueError, OverflowError):
         return WAIT_SECONDS
     left = (date if date.tzinfo else date.replace(tzinfo=UTC)) - now
     return max(left.total_seconds(), 0.0)

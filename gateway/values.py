@@ -31,7 +31,7 @@ def _url(value: object) -> object:
         raise ValueError("must be an http:// or https:// address, such as http://127.0.0.1:8000")
     try:
         parts = urlsplit(value)
-        usable = parts.hostname is not None and parts.port != 0
+        usable = bool((parts.hostname or "").encode("idna")) and parts.port != 0
     except ValueError:
         usable = False
     if not usable:

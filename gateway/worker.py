@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import signal
 import sys
@@ -33,7 +34,6 @@ async def work(number: int, board: int) -> None:
     config = order.settings.config
     tallies = Together(board, number, config.listen.workers)
     tallies.place(order.rows)
-    tallies.begin()
     lasting = Lasting(metrics.shared(metrics_folder(config), str(number)), tallies)
     lasting.siblings = Siblings(order.meeting, number, config.listen.workers)
     server = Server(Generations(order.settings, lasting), lasting)
@@ -42,6 +42,8 @@ async def work(number: int, board: int) -> None:
     following.add_done_callback(lambda _: server.stop())
     await server.serve(listening(config.listen))
     following.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await following
 
 
 async def _standard_input() -> asyncio.StreamReader:

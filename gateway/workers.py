@@ -156,11 +156,12 @@ class Workers:
         self._metrics.workers.set(len(self._running))
         process.stdin.write(self._order(self._reloads.settings))
         if self._stopping.is_set():
-            process.terminate()
+            _signal(process, signal.SIGTERM)
         status = await process.wait()
         del self._running[number]
         self._metrics.workers.set(len(self._running))
         metrics.forget(self._folder, str(number))
+        self._board.forget(number)
         return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
 
     async def _send(self, settings: Settings) -> None:

@@ -92,6 +92,8 @@ class Stub(service_pb2_grpc.GRPCInferenceServiceServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a batch has the shape [n, 1], n at most 64")
         if any("break triton" in text for text in texts):
             await context.abort(grpc.StatusCode.INTERNAL, "the stub breaks")
+        if any("slow triton" in text for text in texts):
+            await asyncio.sleep(0.2)
         answers = router(texts) if request.model_name == "router" else embedder(texts)
         response = service_pb2.ModelInferResponse(model_name=request.model_name, model_version="1")
         for output in request.outputs:

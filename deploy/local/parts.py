@@ -16,7 +16,7 @@ from deploy.local.smollm2 import FOLDER, WEIGHTS
 from gateway.config import Config
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost"})  # where the local servers listen
-WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104 (nothing is bound here)
+WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (nothing is bound here)
 TRITON_PYTHON = ".venv-triton/bin/python"
 VLLM_PYTHON = ".venv-vllm/bin/python"
 DRAIN_SECONDS = 2  # of the five after which the supervisor kills what it has told to stop
@@ -96,12 +96,16 @@ def _gateway(config: Config) -> Part:
     drain = ("--drain-seconds", str(DRAIN_SECONDS))
     command = (sys.executable, "-m", "gateway", "--config", str(config.source), *drain)
     ports = {"listen.port": config.listen.port}
-    told = "health" if config.listen.admin_key_sha256 else "ready"  # which then takes a key
+    listen = config.listen
+    is_told = listen.admin_key_sha256 is None and (
+        listen.allow_anonymous or listen.is_local or listen.host in WILDCARDS
+    )
+    told = "ready" if is_told else "health"  # see gateway.admission
     return Part("gateway", command, config.listen.host, ports, (f"{address(config)}/{told}",), {})
 
 
 def address(config: Config) -> str:
     """The gateway's URL for a client on this machine."""
-    host = "127.0.0.1" if config.listen.host in WILDCARDS else config.listen.host
+    host = WILDCARDS.get(config.listen.host, config.listen.host)
     scheme = "https" if config.listen.tls else "http"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{config.listen.port}"

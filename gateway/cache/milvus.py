@@ -3,7 +3,9 @@
 A background task opens the collection, and opens it again after any failure; until it is open every lookup is
 `CacheUnavailable` at once, so that no request waits for a Milvus that is down. Writes go through a bounded queue, in
 batches, off the request path, and are never flushed: Milvus seals segments by itself. A search with bounded consistency
-may miss what was just stored, which `_recent` has, or find what was just deleted, which `_deleted` knows.
+may miss what was just stored, which `_recent` has, or find what was just deleted, which `_deleted` knows. A deletion
+leaves a mark in the entry's place, for which every gateway, and every worker of one, looks all the time; should Milvus
+not answer then, what is recent is so for RECENT_SECONDS only.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ log = logging.getLogger("fingerpost")
 FORM = 1  # of what is stored; another form is another collection
 TTL_PROPERTY = "collection.ttl.seconds"
 RECENT_ENTRIES = 512
+RECENT_SECONDS = 5.0  # by which bounded consistency may be late
 QUEUED_ENTRIES = 1024
 BATCH_ENTRIES = 64
 VARCHAR_BYTES = 65_535  # Milvus' limit
@@ -41,6 +44,8 @@ LOOKUP_SECONDS = 1.0  # a request does not wait longer, whatever connection.time
 REOPEN_SECONDS = 1.0
 DRAIN_SECONDS = 3.0
 DELETE_SECONDS = 5.0  # that the caller of a deletion waits for it
+FOLLOW_SECONDS = 0.5  # between two looks at what others have deleted
+EVERYWHERE_SECONDS = 1.0  # after which they have seen a deletion
 STALE_SECONDS = 60.0  # for which a search may, at the worst, find what was deleted
 
 _FAILURES = (MilvusException, grpc.RpcError, TimeoutError, OSError)
@@ -53,6 +58,7 @@ class SchemaMismatch(Exception):
 @dataclass(frozen=True, slots=True, eq=False)
 class _Deletion:
     key: str
+    at: int = field(default_factory=lambda: int(time.time()))
     done: asyncio.Future[bool] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -77,13 +83,14 @@ class MilvusCache:
         self._metrics = metrics
         self._recent = MemoryCache(RECENT_ENTRIES, eviction_policy, dimension)
         self._deleted: cachetools.TTLCache[str, bool] = cachetools.TTLCache(QUEUED_ENTRIES, STALE_SECONDS)
+        self._marks: cachetools.TTLCache[str, int] = cachetools.TTLCache(QUEUED_ENTRIES, 2 * STALE_SECONDS)  # seen
         self._queue: asyncio.Queue[Entry | _Deletion] = asyncio.Queue(QUEUED_ENTRIES)
         self._client = AsyncMilvusClient(**connection_arguments(settings))
         self._open = asyncio.Event()
         self._broken = asyncio.Event()
         self._broken.set()
         self._why = "is being opened"
-        self._tasks = (asyncio.create_task(self._keep_open()), asyncio.create_task(self._write()))
+        self._tasks = tuple(map(asyncio.create_task, (self._keep_open(), self._write(), self._follow())))
         for task in self._tasks:
             task.add_done_callback(self._ended)
 
@@ -92,9 +99,9 @@ class MilvusCache:
             return recent
         wanted = f'key == "{key}" and expires_at > {int(time.time())}'
         rows = await self._ask(self._client.query, filter=wanted, output_fields=[*RESERVED_FIELDS, self._vector])
-        entry = self._entry(rows[0]) if rows else None
+        entry = await self._newest(rows[0]) if rows else None
         if entry is not None:
-            self._recent.put(entry)
+            self._keep(entry)
         return entry
 
     async def search(self, scope: str, embedding: Vector, threshold: float) -> Hit | None:
@@ -113,6 +120,9 @@ class MilvusCache:
                 return Hit(entry, float(candidate["distance"]))
         return recent
 
+    def _keep(self, entry: Entry) -> None:
+        self._recent.put(replace(entry, expires_at=min(entry.expires_at, time.time() + RECENT_SECONDS)))
+
     async def _newest(self, row: dict[str, Any]) -> Entry | None:
         """The entry in a row, or the process's own version of it, which is the newer one; None when it is deleted."""
         if (recent := await self._recent.get(row["key"])) or row["key"] in self._deleted:
@@ -120,7 +130,7 @@ class MilvusCache:
         return self._entry(row)
 
     def put(self, entry: Entry) -> None:
-        self._recent.put(entry)
+        self._keep(entry)
         self._deleted.pop(entry.key, None)
         try:
             self._queue.put_nowait(entry)
@@ -128,9 +138,9 @@ class MilvusCache:
             self._metrics.stores.labels("dropped").inc()
 
     async def delete(self, key: str) -> None:
-        await self._recent.delete(key)
-        self._deleted[key] = True
+        await self._forget(key)
         deletion = _Deletion(key)
+        self._marks[key] = deletion.at
         try:
             self._queue.put_nowait(deletion)  # after what is still being written
             async with asyncio.timeout(DELETE_SECONDS if self._open.is_set() else 0):
@@ -139,6 +149,11 @@ class MilvusCache:
             raise CacheUnavailable(self._why) from error
         if not is_done:
             raise CacheUnavailable(self._why)
+        await asyncio.sleep(EVERYWHERE_SECONDS)
+
+    async def _forget(self, key: str) -> None:
+        await self._recent.delete(key)
+        self._deleted[key] = True
 
     async def check(self) -> None:
         try:
@@ -273,36 +288,71 @@ class MilvusCache:
     async def _write_batch(self, batch: list[Entry | _Deletion]) -> None:
         last = {item.key: item for item in batch}.values()
         await self._upsert([item for item in last if isinstance(item, Entry)])
-        await self._erase([item.key for item in last if isinstance(item, _Deletion)])
+        await self._mark([item for item in last if isinstance(item, _Deletion)])
         for item in batch:
             if isinstance(item, _Deletion) and not item.done.done():
                 item.done.set_result(self._open.is_set())
 
-    async def _erase(self, keys: list[str]) -> None:
-        if not keys:
-            return
+    async def _mark(self, deletions: list[_Deletion]) -> None:
+        """Put marks in the place of entries: without an answer, expired since ever, and telling when they were made."""
+        rows = [
+            {
+                "key": deletion.key,
+                "scope": "",
+                "question": "",
+                "answer": "",
+                "expires_at": -deletion.at,
+                self._vector: self._probe().tolist(),
+            }
+            for deletion in deletions
+        ]
+        await self._send(rows)
+
+    async def _follow(self) -> None:
+        """Forget what others delete."""
+        while True:
+            await self._open.wait()
+            for row in await self._marked():
+                if self._marks.get(row["key"]) != -row["expires_at"]:
+                    self._marks[row["key"]] = -row["expires_at"]
+                    await self._forget(row["key"])
+            await asyncio.sleep(FOLLOW_SECONDS)
+
+    async def _marked(self) -> list[dict[str, Any]]:
+        """The marks that have been made of late."""
+        seconds = self._settings.connection.timeout
+        wanted = {
+            "filter": f"expires_at < -{int(time.time() - STALE_SECONDS)}",
+            "output_fields": ["key", "expires_at"],
+            "limit": QUEUED_ENTRIES,
+            "consistency_level": "Strong",
+            "timeout": seconds,
+        }
         try:
-            seconds = self._settings.connection.timeout
             async with asyncio.timeout(seconds):
-                await self._client.delete(self._collection, ids=keys, timeout=seconds)
+                return list(await self._client.query(self._collection, **wanted))
         except _FAILURES as error:
             self._fail(error)
+            return []
 
     async def _upsert(self, entries: list[Entry]) -> None:
         rows = [self._row(entry) for entry in entries]
         fitting = [row for row in rows if _fits(row)]
         self._count("too_large", len(rows) - len(fitting))
-        if not fitting:
-            return
+        self._count("stored" if await self._send(fitting) else "failed", len(fitting))
+
+    async def _send(self, rows: list[dict[str, Any]]) -> bool:
+        """Whether Milvus has taken the rows, in the place of those with their keys."""
+        if not rows:
+            return True
         try:
             seconds = self._settings.connection.timeout
             async with asyncio.timeout(seconds):
-                await self._client.upsert(self._collection, fitting, timeout=seconds)
+                await self._client.upsert(self._collection, rows, timeout=seconds)
         except _FAILURES as error:
-            self._count("failed", len(fitting))
             self._fail(error)
-        else:
-            self._count("stored", len(fitting))
+            return False
+        return True
 
     def _count(self, outcome: str, entries: int) -> None:
         if entries:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from pymilvus import MilvusClient
 
+from gateway.answer import Answer
+from gateway.cache import CacheUnavailable, Entry, Origin
+from gateway.cache.milvus import FOLLOW_SECONDS, MilvusCache
+from gateway.config import Milvus
+from gateway.metrics import Metrics
 from tests.conftest import Server, Stack, StartGateway, chat, content, models, wait_until
 
 BACKENDS = ["memory", "milvus", "milvus-lite"]
@@ -127,3 +134,43 @@ def test_a_collection_that_cannot_be_searched_as_configured_is_named(stack, stub
     wait_until("the log to say why", lambda: "cannot be opened" in gateway.log.read_text(), 30)
     assert set(httpx.get(f"{gateway.url}/ready").json()["not_ready"]) == {"cache"}
     assert chat(gateway.url, "Does it go on?").status_code == 200
+
+
+def test_what_another_gateway_deletes_is_not_replayed_any_more(tmp_path: Path) -> None:
+    settings = Milvus.model_validate(
+        {"connection": {"uri": str(tmp_path / "cache.db")}, "collection": {"index": FLAT}}
+    )
+    answer = Answer("small", {"role": "assistant", "content": "200 km"}, "stop", None)
+    vector = np.array([1, 0], dtype=np.float32)
+    entry = Entry("key", "scope", "How long?", vector, answer, Origin("small", "default", None, None), time.time() + 60)
+
+    async def opened() -> MilvusCache:
+        cache = MilvusCache(
+            settings, namespace="test", dimension=2, ttl_seconds=60, eviction_policy="fifo", metrics=Metrics()
+        )
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    await cache.check()
+                except CacheUnavailable:
+                    await asyncio.sleep(0.1)
+                else:
+                    return cache
+
+    async def judged() -> None:
+        first, second = await opened(), await opened()
+        first.put(entry)
+        async with asyncio.timeout(30):
+            while await second.get("key") is None:
+                await asyncio.sleep(0.1)
+            await first.delete("key")
+            assert await first.get("key") is None
+            assert await second.get("key") is None
+            assert await second.search("scope", vector, 0.5) is None
+            second.put(entry)  # another answer, say
+            await asyncio.sleep(2 * FOLLOW_SECONDS)
+            assert await second.get("key") is not None
+        await first.close()
+        await second.close()
+
+    asyncio.run(judged())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -370,6 +371,8 @@ def test_a_missing_key(key: str) -> None:
         ("models[0].endpoints[0]", "http://127.0.0.1:99999"),
         ("models[0].endpoints[0]", "http://127.0.0.1:port"),
         ("models[0].endpoints[0]", "http://two words"),
+        ("models[0].endpoints[0]", "http://two..dots"),
+        ("models[0].endpoints[0]", "http://" + 64 * "a"),
         ("models[0].context_window", -1),
         ("models[0].price_per_million_tokens.input", -0.1),
         ("models[0].price_per_million_tokens.input", float("nan")),
@@ -706,9 +709,11 @@ def test_a_choice_among_a_model_without_ability() -> None:
 
 def test_the_three_tiers_of_the_documentation() -> None:
     text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"(?ms)^```yaml\n(.*?)^```", text)
+    (example,) = re.findall(r"(?ms)^```yaml\n(models:\n.*?)^```", text)
+    shipped = json.loads((ROOT / "training/shipped/heads/manifest.json").read_bytes())
     config = load_text(example)
-    check_against(config, LABELS, 384, [model.ability_name for model in config.models])
+    check_against(config, shipped["labels"], 384, [*shipped["abilities"], "large"])
+    assert config.policy is not None
     assert [rule.cheapest_within for rule in config.policy.rules] == [None, 0.02, 0.05]
 
 
@@ -830,11 +835,11 @@ def test_a_milvus_password_is_never_shown(milvus: str) -> None:
 def test_several_policies() -> None:
     tree = yaml.safe_load(SMALL)
     tree["policies"] = {"auto-cheap": {"default": "small"}, "auto-best": {"default": "large"}}
-    config = load_text(yaml.safe_dump(tree))
+    config = load_text(yaml.safe_dump(tree, sort_keys=False))
     assert list(config.aliases) == ["auto", "auto-cheap", "auto-best"]
     assert config.aliases["auto"] is config.policy
     del tree["policy"]
-    assert list(load_text(yaml.safe_dump(tree)).aliases) == ["auto-cheap", "auto-best"]
+    assert list(load_text(yaml.safe_dump(tree, sort_keys=False)).aliases) == ["auto-cheap", "auto-best"]
 
 
 def with_policies(**policies: Any) -> str:

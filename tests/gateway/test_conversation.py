@@ -14,9 +14,11 @@ from gateway.conversation import (
     EARLIER_TURNS,
     HARNESS_TAGS,
     READ_CHARACTERS,
+    SEARCHED_CHARACTERS,
     Turn,
     cleaned,
     context_tokens,
+    has_images,
     has_tools,
     turns,
 )
@@ -105,14 +107,22 @@ def test_of_many_turns_the_first_and_the_latest_are_looked_at(length: int) -> No
     assert found == (said if length <= EARLIER_TURNS + 1 else [said[0], *said[-EARLIER_TURNS:]])
 
 
-def test_images_so_far() -> None:
-    image = [{"type": "image_url", "image_url": {"url": "data:,"}}]
-    assert [turn.has_images for turn in turns(conversation("a", [*image, {"type": "text", "text": "b"}], "c"))] == [
-        False,
-        True,
-        True,
-    ]
-    assert newest(image).has_images
+IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
+TEXT = {"type": "text", "text": "What is it?"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        (conversation("a", "b"), False),
+        (conversation("a", [IMAGE, TEXT], "c"), True),
+        ([ANSWER, {"role": "assistant", "content": None}, user([TEXT])], False),
+        ([user([{"type": "tool_result", "content": [TEXT, {"type": "image", "source": {}}]}])], True),
+        ([user([{"type": "tool_result", "content": [TEXT, {"type": ["image"]}, "image"]}])], False),
+    ],
+)
+def test_images(messages: list[dict[str, Any]], expected: bool) -> None:
+    assert has_images(messages) is expected
 
 
 # What a harness adds
@@ -208,6 +218,15 @@ def test_a_long_text_is_cleaned_at_both_ends() -> None:
     assert newest(f"Fix it. {noise} Now.").text == "Fix it.  Now."
 
 
+def test_of_a_long_text_the_beginning_and_the_end_are_searched() -> None:
+    whole = f"Summarise: {'x' * 300_000} step by step"
+    turn = newest(whole)
+    assert len(turn.text) == SEARCHED_CHARACTERS
+    assert turn.text.startswith("Summarise: x")
+    assert turn.text.endswith("x step by step")
+    assert turn.read == whole
+
+
 # How much there is to read
 
 
@@ -219,6 +238,7 @@ def test_a_long_text_is_cleaned_at_both_ends() -> None:
         ({"messages": [user([{"type": "image_url", "image_url": {"url": "data:" + "x" * 9999}}])]}, 4),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"arguments": "x" * 400}]}]}, 110),
         ({"messages": [], "tools": [{"description": "x" * 400}]}, 102),
+        ({"messages": [], "tools": [{"x" * 400: {"type": ["string", "null"]}}]}, 103),
         ({"prompt": "x" * 400}, 100),
         ({"prompt": [1] * 400}, 400),
         ({"input": [{"type": "function_call_output", "output": "x" * 400}], "instructions": "y" * 40}, 118),

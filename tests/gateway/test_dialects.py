@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -30,6 +31,15 @@ NEW = Identity("id-new", 1_700_000_000)
 OTHERS = (COMPLETIONS, RESPONSES, MESSAGES)
 IDS = [form.path for form in OTHERS]
 TEXT = "Sun, wind — and naïve 😀"
+THINKING = {"type": "thinking", "thinking": "Hm …", "signature": "5f"}
+REASONING = {
+    "id": "rs_stub",
+    "summary": [],
+    "type": "reasoning",
+    "content": [{"text": "Hm …", "type": "reasoning_text"}],
+    "encrypted_content": None,
+    "status": None,
+}
 
 
 def asking(form: Form, text: Any = "Name a river.", **fields: Any) -> Tree:
@@ -143,6 +153,17 @@ def test_the_last_of_a_conversation_is_the_question() -> None:
             "not the user's",
         ),
         (
+            RESPONSES,
+            {
+                "input": [
+                    {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_image"}]},
+                    {"role": "user", "content": "Which river is it?"},
+                ]
+            },
+            "Which river is it?",
+            "an earlier message is not text alone",
+        ),
+        (
             MESSAGES,
             {
                 "messages": [
@@ -175,6 +196,13 @@ def test_what_may_not_be_cached(form: Form, fields: Tree, question: str, reason:
     assert reason in (request.uncacheable or "")
 
 
+@pytest.mark.parametrize("item", [{"type": ""}, {"type": "reasoning", "content": [3]}, {"type": "text", "output": [3]}])
+def test_an_item_that_is_no_message_asks_nothing(item: Tree) -> None:
+    request = read(RESPONSES, {"model": "auto", "input": [item]})
+    assert (request.question, request.uncacheable) == ("", "the last message is not the user's")
+    assert scope_key(request, "tenant")
+
+
 def test_a_store_that_is_not_asked_for_is_no_obstacle() -> None:
     assert read(RESPONSES, asking(RESPONSES, store=False)).uncacheable is None
     assert read(RESPONSES, asking(RESPONSES, previous_response_id=None)).uncacheable is None
@@ -192,6 +220,12 @@ def test_a_scope_is_all_but_the_wording(form: Form) -> None:
         {"seed": 1},
     ):
         assert one != scope(form, asking(form, **difference))
+
+
+def test_a_blank_at_the_end_of_a_prompt_makes_it_another_one() -> None:
+    one = scope(COMPLETIONS, asking(COMPLETIONS, "def area(r):"))
+    assert one != scope(COMPLETIONS, asking(COMPLETIONS, "def area(r):\n    "))
+    assert one == scope(COMPLETIONS, asking(COMPLETIONS, "\ndef area(r):"))
 
 
 def test_no_two_forms_share_a_scope() -> None:
@@ -218,6 +252,7 @@ BAD: list[tuple[Form, Tree, str]] = [
     (RESPONSES, {"input": 3}, "input"),
     (RESPONSES, {"input": ["a"]}, "input[0]"),
     (RESPONSES, {"input": [{"content": "a"}]}, "input[0].role"),
+    (RESPONSES, {"input": [{"type": "message", "content": "a"}]}, "input[0].role"),
     (RESPONSES, {"input": [{"role": "user"}]}, "input[0].content"),
     (RESPONSES, {"input": [{"role": "user", "content": [3]}]}, "input[0].content[0]"),
     (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0].text"),
@@ -310,6 +345,9 @@ def test_a_text_that_is_not_kept(form: Form, text: str) -> None:
         (RESPONSES, {"output": []}),
         (RESPONSES, {"output": [stub_forms.output_item("a"), stub_forms.output_item("b")]}),
         (RESPONSES, {"output": [{"type": "reasoning", "content": []}, stub_forms.output_item("a")]}),
+        (RESPONSES, {"output": [REASONING, REASONING, stub_forms.output_item("a")]}),
+        (RESPONSES, {"output": [stub_forms.output_item("a"), REASONING]}),
+        (RESPONSES, {"output": [{**REASONING, "encrypted_content": "x"}, stub_forms.output_item("a")]}),
         (RESPONSES, {"output": [{**stub_forms.output_item("a"), "content": []}]}),
         (RESPONSES, {"output": [{**stub_forms.output_item("a"), "content": [{"type": "refusal", "refusal": "no"}]}]}),
         (
@@ -323,6 +361,10 @@ def test_a_text_that_is_not_kept(form: Form, text: str) -> None:
         (MESSAGES, {"content": []}),
         (MESSAGES, {"content": [{"type": "text", "text": "a"}] * 2}),
         (MESSAGES, {"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}]}),
+        (MESSAGES, {"content": [{"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "a"}]}),
+        (MESSAGES, {"content": [{"type": "text", "text": "a"}, THINKING]}),
+        (MESSAGES, {"content": [THINKING, THINKING, {"type": "text", "text": "a"}]}),
+        (MESSAGES, {"content": [THINKING]}),
         (MESSAGES, {"content": [{"type": "text", "text": "a", "citations": [{"url": "x"}]}]}),
         (MESSAGES, {"stop_reason": "stop_sequence"}),
         (MESSAGES, {"usage": None}),
@@ -375,6 +417,50 @@ def test_any_stream_is_an_answer_or_is_not(form: Form, events: list[Any]) -> Non
 
 def json_of(frames: list[bytes]) -> list[bytes]:
     return [data(frame) for frame in frames]
+
+
+def thoughtful(form: Form) -> bytes:
+    """An answer of a model that thinks first, as vLLM writes it."""
+    whole = json.loads(upstream(form))
+    key, thought = ("output", REASONING) if form is RESPONSES else ("content", THINKING)
+    return json.dumps({**whole, key: [thought, *whole[key]]}).encode()
+
+
+@pytest.mark.parametrize("form", [RESPONSES, MESSAGES], ids=["responses", "messages"])
+def test_a_thought_before_the_text_is_kept(form: Form) -> None:
+    answer = form.whole(thoughtful(form))
+    assert answer is not None
+    replayed = json.loads(form.replay(answer, NEW))
+    if form is RESPONSES:
+        assert Response.model_validate(replayed).output_text == TEXT
+        assert [item["id"] for item in replayed["output"]] == ["rs_id-new", "msg_id-new"]
+        assert replayed["output"][0] == {**REASONING, "id": "rs_id-new"}
+    else:
+        assert replayed["content"] == [THINKING, {"type": "text", "text": TEXT}]
+    frames = FrameSplitter().feed(form.stream(answer, NEW, False))
+    from_stream = assembled(form, frames)
+    assert from_stream is not None
+    assert json.loads(form.replay(from_stream, NEW)) == replayed
+    if form is RESPONSES:
+        events = [TypeAdapter(ResponseStreamEvent).validate_json(data(frame)) for frame in frames]
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        assert [event.delta for event in events if event.type == "response.reasoning_text.delta"] == ["Hm …"]
+
+
+def test_a_thought_in_the_events_of_vllm_is_kept() -> None:
+    events: list[Tree] = [event for _, event in stub_forms.message_events({"model": "small"}, TEXT, "none")]
+    thought = [
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking", "thinking": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "Hm "}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "…"}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "signature_delta", "signature": "5f"}},
+        {"type": "content_block_stop", "index": 0},
+    ]
+    later = [{**event, "index": 1} if "index" in event else event for event in events[1:]]
+    frames = [stub_forms.named(event["type"], event) for event in [events[0], *thought, *later]]
+    assert assembled(MESSAGES, frames) == MESSAGES.whole(thoughtful(MESSAGES))
+    assert assembled(MESSAGES, [frames[0], *frames[2:]]) is None
+
 
 
 # Replays
@@ -570,7 +656,7 @@ def test_only_a_whole_stream_is_stored(ask: Ask, stub: Server, form: Form, fault
 def test_usage_of_a_completion_is_streamed_only_when_asked_for(ask: Ask) -> None:
     for outcome in ("miss", "hit-exact"):
         silent = ask(COMPLETIONS, stream=True)
-        told = ask(COMPLETIONS, "Name a river. ", stream=True, stream_options={"include_usage": True})
+        told = ask(COMPLETIONS, " Name a river.", stream=True, stream_options={"include_usage": True})
         assert silent.headers["x-fingerpost-cache"] == outcome
         assert b'"usage"' not in silent.content
         assert b'"total_tokens":31' in told.content
@@ -591,6 +677,18 @@ def test_an_error_has_the_form_of_its_request(gateway: Server) -> None:
     for form in (COMPLETIONS, RESPONSES):
         error = httpx.post(gateway.url + form.path, content=b"{").json()["error"]
         assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("target", [b"/v1/messages?q=\xff", b"/v1/messages?beta=true"])
+@pytest.mark.parametrize("host", [b"a/b?c#d", b"[", b"\xff"])
+def test_neither_query_nor_host_decides_the_form(gateway: Server, target: bytes, host: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", httpx.URL(gateway.url).port or 0), timeout=60) as client:
+        head = b" HTTP/1.1\r\nhost: " + host + b"\r\nconnection: close\r\ncontent-length: 1\r\n\r\n"
+        client.sendall(b"POST " + target + head + b"{")
+        said = b"".join(iter(lambda: client.recv(65_536), b""))
+    assert said.startswith(b"HTTP/1.1 400 ")
+    assert b'"type":"invalid_request_error"' in said
+    assert b'"type":"error"' in said
 
 
 def test_an_error_of_the_endpoint_is_passed_on(ask: Ask, stub: Server) -> None:

@@ -15,7 +15,7 @@ from openai.types import CreateEmbeddingResponse
 from gateway.embeddings import embedding_list, parse_classify, parse_embeddings, tokens
 from gateway.errors import ApiError, BadRequest
 from gateway.triton import MAX_CHARACTERS, Embedded
-from tests.conftest import Server, StartGateway, Tree, models
+from tests.conftest import Server, StartGateway, Tree, models, wait_until
 from tests.stub_triton import DIMENSION, LABELS, embedding
 
 # What is taken
@@ -179,3 +179,12 @@ def test_a_triton_that_fails_is_a_503(gateway: Server, start_gateway: StartGatew
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "part_unavailable")
     assert "127.0.0.1" not in answer.text
     assert post(gateway, path, **{**body, "input": "again"}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["embeddings", "classify"])
+def test_when_the_client_leaves_no_more_texts_are_read(gateway: Server, path: str) -> None:
+    body = {"input": ["slow triton"] * 40, **({"model": "embedder"} if path == "embeddings" else {})}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{gateway.url}/v1/{path}", json=body, timeout=0.3)
+    given_up = f'fingerpost_requests_total{{route="/v1/{path}",status="499"}} 1.0'
+    wait_until("the request to be given up", lambda: given_up in httpx.get(f"{gateway.url}/metrics").text, 10)

@@ -1,27 +1,43 @@
-"""A gateway whose vLLMs are killed and come back: real processes, Triton as a stub of its protocol."""
+"""A gateway whose vLLMs and Triton are killed and come back: real processes, stubs of their protocols."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import os
 import signal
+import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import httpx
 import pytest
 
 from gateway.tenants import digest
-from tests.conftest import Server, StartGateway, Tree, answers, chat, content, free_port, running, shipped, wait_until
+from tests.conftest import (
+    PATIENCE_SECONDS,
+    Server,
+    StartGateway,
+    Tree,
+    answers,
+    chat,
+    content,
+    free_port,
+    running,
+    shipped,
+    wait_until,
+)
 from tests.stub_triton import write_manifests
 
 StartStub = Callable[..., Server]
 CHECK = {"interval_seconds": 0.2, "timeout_seconds": 1}
+CLIENTS = 50
+CLIENT_SECONDS = 60
 
 
 @pytest.fixture
@@ -33,18 +49,21 @@ def start_stub(tmp_path: Path) -> Iterator[StartStub]:
             log = tmp_path / f"stub-{port}.log"
             process = stack.enter_context(running([sys.executable, "tests/stub_vllm.py", str(port)], log))
             url = f"http://127.0.0.1:{port}"
-            wait_until("the stub", lambda: answers(f"{url}/health"))
+            wait_until("the stub", lambda: answers(f"{url}/health"), PATIENCE_SECONDS)
             return Server(url, process, log)
 
         yield start
 
 
+def stub_triton(port: int, log: Path) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+    return running([sys.executable, "tests/stub_triton.py", str(port)], log)
+
+
 @pytest.fixture
 def triton(tmp_path: Path) -> Iterator[Tree]:
     """The `triton` section for a stub of it."""
-    port, log = free_port(), tmp_path / "triton.log"
-    repository = write_manifests(tmp_path / "repository")
-    with running([sys.executable, "tests/stub_triton.py", str(port)], log):
+    port, repository = free_port(), write_manifests(tmp_path / "repository")
+    with stub_triton(port, tmp_path / "triton.log"):
         yield {"address": f"127.0.0.1:{port}", "model_repository": str(repository)}
 
 
@@ -130,7 +149,9 @@ def test_a_fallback_must_fit_and_be_allowed(triton: Tree, start_stub: StartStub,
     assert chat(gateway.url, tenant="key-2", model="auto").status_code == 200  # the policy's choice, not the tenant's
     assert chat(gateway.url, tenant="key-2", model="smollm2-small").status_code == 503
     assert chat(gateway.url, "many words " * 2000, tenant="key-1", model="smollm2-small").status_code == 503
-    assert received(large) == 2
+    assert chat(gateway.url, tenant="key-1", model="smollm2-small", max_tokens=2000).status_code == 200
+    assert chat(gateway.url, tenant="key-1", model="smollm2-small", max_tokens=3000).status_code == 503
+    assert received(large) == 3
 
 
 def test_figures_are_shown(triton: Tree, start_stub: StartStub, start_gateway: StartGateway) -> None:
@@ -177,53 +198,110 @@ def test_figures_are_shown(triton: Tree, start_stub: StartStub, start_gateway: S
     assert httpx.get(f"{gateway.url}/ready").status_code == 200
 
 
-def test_a_vllm_is_killed_under_load_and_comes_back(
-    triton: Tree, start_stub: StartStub, start_gateway: StartGateway
+async def asked(session: aiohttp.ClientSession, url: str, question: str) -> str:
+    """What became of a question: its own answer, a stream that was broken off, or else what came."""
+    body = {"model": "auto", "messages": [{"role": "user", "content": question}], "stream": True}
+    try:
+        async with session.post(f"{url}/v1/chat/completions", json=body) as response:
+            text = await response.text()
+    except aiohttp.ClientPayloadError:
+        return "broken off"
+    chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    said = "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk.get("choices", ()))
+    is_own = response.status == 200 and f": {question} —" in said and text.endswith("data: [DONE]\n\n")
+    return "own" if is_own else f"{response.status} {text[:200]}"
+
+
+async def under_load(url: str, outcomes: list[str], story: Callable[[], None]) -> None:
+    """While the story is told, CLIENTS ask for one stream after another; none may take CLIENT_SECONDS."""
+    over = asyncio.Event()
+    timeout, connector = aiohttp.ClientTimeout(total=CLIENT_SECONDS), aiohttp.TCPConnector(limit=0)
+
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session, asyncio.TaskGroup() as clients:
+
+        async def client(number: int) -> None:
+            while not over.is_set():
+                outcomes.append(await asked(session, url, f"client {number}, question {len(outcomes)}"))
+
+        for i in range(CLIENTS):
+            clients.create_task(client(i))
+        try:
+            await asyncio.to_thread(story)
+        finally:
+            over.set()
+
+
+def test_parts_are_killed_under_load_and_come_back(
+    tmp_path: Path, start_stub: StartStub, start_gateway: StartGateway
 ) -> None:
-    stubs = [start_stub(), start_stub()]
+    stubs, outcomes, port = [start_stub(), start_stub()], list[str](), free_port()
+    repository = write_manifests(tmp_path / "repository")
     gateway = start_gateway(
         {
             **small_and_large([stub.url for stub in stubs], [stubs[1].url]),
-            "triton": triton,
+            "triton": {"address": f"127.0.0.1:{port}", "model_repository": str(repository)},
             "semantic_cache": {"enabled": False},
             "upstream": {"health_check": CHECK},
         }
     )
     for stub in stubs:
         fail(stub, "slow")
-    stop = threading.Event()
 
-    def client(number: int) -> list[str]:
-        """What became of one request after another."""
-        outcomes: list[str] = []
-        stream = bool(number % 2)
-        while not stop.is_set():
-            question = f"client {number}, question {len(outcomes)}"
-            try:
-                response = chat(gateway.url, question, stream=stream)
-                own = response.status_code == 200 and question in content(response)
-                outcomes.append("own" if own else f"{response.status_code} {response.text[:200]}")
-            except httpx.RemoteProtocolError:
-                outcomes.append("broken stream" if stream else "broken")
-        return outcomes
+    def more_answers() -> None:
+        until = len(outcomes) + 2 * CLIENTS
+        wait_until("answers", lambda: len(outcomes) >= until, PATIENCE_SECONDS)
 
-    with ThreadPoolExecutor(8) as pool:
-        clients = [pool.submit(client, i) for i in range(8)]
-        try:
-            time.sleep(2)
-            kill(stubs[0])
-            wait_until("it to be found down", lambda: states(gateway) == ["down", "up"], 20)
-            time.sleep(1)
-            back = start_stub(int(stubs[0].url.rpartition(":")[2]))
-            wait_until("it to be found again", lambda: states(gateway) == ["up", "up"], 20)
-            wait_until("it to be asked", lambda: received(back) > 4, 20)
-        finally:
-            stop.set()
-        outcomes = [outcome for each in clients for outcome in each.result(60)]
-    assert set(outcomes) <= {"own", "broken stream"}
-    assert outcomes.count("broken stream") <= 4  # those that had begun there
-    assert outcomes.count("own") > 20
-    assert {endpoint["outstanding"] for endpoint in described(gateway)["endpoints"]} == {0}
+    def vllm() -> None:
+        kill(stubs[0])
+        wait_until("it to be found down", lambda: states(gateway) == ["down", "up"], PATIENCE_SECONDS)
+        more_answers()
+        stubs[0] = start_stub(int(stubs[0].url.rpartition(":")[2]))
+        fail(stubs[0], "slow")
+        wait_until("it to be found again", lambda: states(gateway) == ["up", "up"], PATIENCE_SECONDS)
+        wait_until("it to be asked", lambda: received(stubs[0]) > CLIENTS, PATIENCE_SECONDS)
+
+    def triton() -> None:
+        with stub_triton(port, tmp_path / "triton.log") as process:
+            wait_until("texts to be read", lambda: described(gateway)["category"], PATIENCE_SECONDS)
+            more_answers()
+            process.kill()
+        wait_until("them not to be read", lambda: described(gateway)["category"] is None, PATIENCE_SECONDS)
+        more_answers()
+
+    def story() -> None:
+        triton()
+        vllm()
+        broken.append(outcomes.count("broken off"))
+        triton()
+        broken.append(outcomes.count("broken off"))
+
+    broken: list[int] = []
+    asyncio.run(under_load(gateway.url, outcomes, story))
+    assert set(outcomes) <= {"own", "broken off"}
+    assert broken[0] == broken[1] <= CLIENTS  # those that had begun there
+    wait_until("all to be ended", lambda: {each["outstanding"] for each in described(gateway)["endpoints"]} == {0})
+
+
+def test_all_are_killed_and_come_back(triton: Tree, start_stub: StartStub, start_gateway: StartGateway) -> None:
+    stubs = [start_stub(), start_stub()]
+    gateway = start_gateway(
+        {
+            **small_and_large([stubs[0].url], [stubs[1].url]),
+            "triton": triton,
+            "semantic_cache": {"enabled": False},
+            "upstream": {"health_check": CHECK},
+        }
+    )
+    for stub in stubs:
+        kill(stub)
+    for stream in (False, True):
+        response = chat(gateway.url, stream=stream)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "upstream_unavailable")
+    wait_until("them to be found down", lambda: states(gateway) == ["down"])
+    assert chat(gateway.url).status_code == 503
+    for stub in stubs:
+        start_stub(int(stub.url.rpartition(":")[2]))
+    assert chat(gateway.url).status_code == 200
 
 
 def test_a_stopped_vllm_is_left(triton: Tree, start_stub: StartStub, start_gateway: StartGateway) -> None:

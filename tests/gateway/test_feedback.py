@@ -219,6 +219,17 @@ def test_a_generated_answer_is_judged_too(gateway: Server) -> None:
     assert judge(gateway, chat(gateway.url, "Two.", n=2).headers["x-request-id"], False).json()["evicted"] is False
 
 
+@pytest.mark.parametrize(("fault", "stream"), [("tool-call", False), ("no-done", True)])
+def test_an_answer_that_was_not_stored_evicts_no_other(gateway: Server, stub: Server, fault: str, stream: bool) -> None:
+    ask = partial(chat, gateway.url, f"Name a glacier, {fault}.", stream=stream)
+    ask()
+    httpx.post(f"{stub.url}/stub", json={"fault": fault}).raise_for_status()
+    other = ask(headers={"x-fingerpost-cache-control": "no-cache"})
+    httpx.post(f"{stub.url}/stub", json={"fault": "none"}).raise_for_status()
+    assert judge(gateway, other.headers["x-request-id"], False).json()["evicted"] is False
+    assert outcome(ask()) == "hit-exact"
+
+
 def test_a_bad_answer_by_meaning_leaves_the_cache(gateway: Server) -> None:
     first = chat(gateway.url, "What is the name of the highest mountain?")
     close = chat(gateway.url, "What is the highest mountain the name of?")

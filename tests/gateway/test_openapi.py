@@ -102,7 +102,7 @@ def body(**optional: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 STREAMING = {"stream": JSON, "stream_options": JSON}
 REQUESTS: dict[str, tuple[Callable[[bytes], object], st.SearchStrategy[Any]]] = {
     "ChatCompletionRequest": (lambda raw: parse(raw, CHAT.view), body(messages=TURNS, **STREAMING)),
-    "CompletionRequest": (lambda raw: parse(raw, COMPLETIONS.view), body(prompt=JSON, **STREAMING)),
+    "CompletionRequest": (lambda raw: parse(raw, COMPLETIONS.view), body(prompt=JSON, prompt_embeds=JSON, **STREAMING)),
     "ResponseRequest": (lambda raw: parse(raw, RESPONSES.view), body(input=TURNS, instructions=JSON, **STREAMING)),
     "MessagesRequest": (lambda raw: parse(raw, MESSAGES.view), body(messages=TURNS, system=CONTENT, **STREAMING)),
     "EmbeddingRequest": (

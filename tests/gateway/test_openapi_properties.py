@@ -48,4 +48,6 @@ schema = schemathesis.pytest.from_fixture("document")
 @schema.parametrize()
 @settings(max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 def test_every_answer_is_one_of_those_described(case: Any) -> None:
+    if isinstance(case.body, dict) and isinstance(case.body.get("model"), str) and case.path != "/v1/embeddings":
+        case.body["model"] = "auto"  # any other name is unknown, and no more is seen of the body
     case.call_and_validate(checks=CHECKS, timeout=60)

@@ -73,15 +73,26 @@ def test_a_replaced_system_prompt_leaves_no_other_in_the_middle() -> None:
     assert messages == [{"role": "system", "content": "Be kind."}, QUESTION, said]
 
 
-@pytest.mark.parametrize(("path", "key"), [(RESPONSES, "instructions"), (MESSAGES, "system")])
-def test_a_system_prompt_of_the_other_forms(path: str, key: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "key", "asked"), [(RESPONSES, "instructions", "input"), (MESSAGES, "system", "messages")]
+)
+def test_a_system_prompt_of_the_other_forms(path: str, key: str, asked: str) -> None:
     for theirs, before in ((None, "A"), ("", "A"), ("B", "A\n\nB")):
-        assert changed({key: theirs}, path, system_prompt={"prepend": "A"}) == {key: before}
-        assert changed({key: theirs}, path, system_prompt={"replace": "A"}) == {key: "A"}
+        body = {key: theirs, asked: [QUESTION]}
+        assert changed(body, path, system_prompt={"prepend": "A"}) == {**body, key: before}
+        assert changed(body, path, system_prompt={"replace": "A"}) == {**body, key: "A"}
     blocks = [{"type": "text", "text": "B", "cache_control": {"type": "ephemeral"}}]
     assert changed({"system": blocks}, MESSAGES, system_prompt={"prepend": "A"}) == {
         "system": [{"type": "text", "text": "A"}, *blocks]
     }
+
+
+def test_a_replaced_system_prompt_leaves_none_in_the_input_of_a_response() -> None:
+    result = {"type": "function_call_output", "call_id": "1", "output": "42"}
+    body = {"input": [{"role": "developer", "content": "Swear."}, QUESTION, result]}
+    replaced = {"system_prompt": {"replace": "Be kind."}}
+    assert changed(body, RESPONSES, **replaced) == {"instructions": "Be kind.", "input": [QUESTION, result]}
+    assert changed({"input": "Why?"}, RESPONSES, **replaced) == {"instructions": "Be kind.", "input": "Why?"}
 
 
 def test_a_completion_has_no_system_prompt_and_no_thoughts() -> None:

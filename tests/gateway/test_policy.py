@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.config import Condition, Model, Policy, Price, Range, Rule, Share
-from gateway.policy import OPEN, SHUT, Bar, Prompt, Pull, cheapest_within, decide, holds, pulls
+from gateway.policy import OPEN, SHUT, Bar, Prompt, Pull, cheapest_within, decide, holds
 
 FUZZ = settings(database=None, deadline=None, derandomize=True)
 
@@ -129,6 +129,13 @@ def test_one_of_the_keywords() -> None:
     assert holds(when, PROMPT)
     assert holds(when, Prompt("Group theory", 0, None, None))
     assert not holds(when, Prompt("regrouped rings", 0, None, None))
+
+
+def test_keywords_of_scripts_with_and_without_spaces() -> None:
+    when = Condition(keywords=("ring", "一步一步", "証明"))
+    for text in ("a ring", "请一步一步地解释", "それを証明して"):
+        assert holds(when, Prompt(text, 0, None, None))
+    assert not holds(when, Prompt("strings 一步", 0, None, None))
 
 
 @pytest.mark.parametrize(
@@ -356,7 +363,10 @@ def test_all_any_and_not_know_what_is_not_known(when: dict[str, object], expecte
 @pytest.mark.parametrize(
     ("when", "reason"),
     [
-        ({"category": ["math"], "complexity": {"at_least": 0.4}}, "its rule holds (category math (0.875), complexity 0.500)"),
+        (
+            {"category": ["math"], "complexity": {"at_least": 0.4}},
+            "its rule holds (category math (0.875), complexity 0.500)",
+        ),
         ({"category": ["math"], "min_confidence": 0.5}, "its rule holds (category math (0.875))"),
         ({"keywords": ["ring", "group"]}, "its rule holds (keyword 'group')"),
         ({"regex": ["W.at"]}, "its rule holds (match of the regex 'W.at')"),
@@ -493,7 +503,7 @@ def test_the_window_is_in_the_reason() -> None:
     fits = decide(BY_COMPLEXITY, TIERS, replace(turn(0.1), context_tokens=1500, output_tokens=100))
     assert fits.reason == (
         "about 1600 tokens, the answer included, do not fit into the 1000 of s; "
-        "m has the next by size that they fit into; s because no rule holds"
+        "m is the next by size that they fit into; s because no rule holds"
     )
     none = decide(BY_COMPLEXITY, TIERS, replace(turn(0.1), context_tokens=15000))
     assert "l has the largest window of all" in none.reason
@@ -549,15 +559,30 @@ def test_a_conversation_keeps_its_model_while_the_bar_moves_a_little() -> None:
     assert decide(SHARED, TIERS, turn(0.1), [turn(0.39)], AT_HALF).model == "s"
 
 
+def test_each_share_goes_by_its_own_bar() -> None:
+    shares = [Rule(name=name, share=Share(model=name, at_most=0.3)) for name in ("l", "m")]
+    policy, bars = Policy(rules=tuple(shares), default="s"), {"l": Bar(0.8, 0.7), "m": Bar(0.4, 0.3)}
+    told = decide(policy, TIERS, turn(0.75), [turn(0.35)], bars)
+    assert (told.model, told.rule) == ("m", "m")
+    assert told.pulls == {
+        "l": Pull(0.75, 0.35, forced=False, given=False),
+        "m": Pull(0.75, 0.35, forced=False, given=True),
+    }
+    assert decide(policy, TIERS, turn(0.1), [turn(0.75), turn(0.35)], bars).pulls["m"] == Pull(
+        None, None, forced=False, given=False
+    )
+
+
 def pull(policy: Policy, prompt: Prompt, *earlier: Prompt) -> Pull:
-    return pulls(policy, TIERS, prompt, earlier, AT_HALF)["dial"]
+    return decide(policy, TIERS, prompt, earlier, AT_HALF).pulls["dial"]
 
 
 def test_what_a_request_tells_the_dial() -> None:
     assert pull(SHARED, turn(0.7)) == Pull(0.7, None, forced=False, given=True)
     assert pull(SHARED, turn(0.2)) == Pull(0.2, None, forced=False, given=False)
     assert pull(SHARED, turn(0.2), turn(0.45), turn(0.3)) == Pull(0.2, 0.45, forced=False, given=True)
-    assert pulls(SHARED, TIERS, UNREAD, (), AT_HALF) == {}
+    assert decide(SHARED, TIERS, UNREAD, bars=AT_HALF).pulls == {}
+    assert decide(BY_COMPLEXITY, TIERS, turn(0.7), bars=AT_HALF).pulls == {}
 
 
 ASKED = Rule(name="asked", when=Condition(keywords=("please",)), model="l")

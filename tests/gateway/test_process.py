@@ -12,6 +12,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -265,6 +266,22 @@ def test_connections_on_which_nothing_is_asked_keep_nobody(start: Start) -> None
         assert gateway.ends() == 0
 
 
+def test_a_client_that_never_says_goodbye_keeps_nobody(start: Start, tmp_path: Path) -> None:
+    files = certificate(tmp_path, "server")
+    gateway = start({"listen": {"tls": files}})
+    context = ssl.create_default_context(cafile=files["cert_file"])
+    with (
+        socket.create_connection(("127.0.0.1", gateway.port)) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1") as kept,
+    ):
+        kept.sendall(b"GET /health HTTP/1.1\r\nhost: gateway\r\n\r\n")
+        assert kept.recv(4096).startswith(b"HTTP/1.1 200")
+        told = time.monotonic()
+        gateway.process.terminate()
+        assert gateway.ends() == 0
+        assert time.monotonic() - told < 20  # left alone, TLS waits for 30
+
+
 @pytest.mark.parametrize("arguments", [(), ("--drain-seconds", "0.5")], ids=["key", "option"])
 def test_what_lasts_longer_is_broken_off(
     start: Start, endless: Endless, stub: Server, arguments: tuple[str, ...]
@@ -322,6 +339,13 @@ def test_new_requests_have_the_new_configuration_and_the_others_end_in_the_old(
     assert applied(gateway)()
     assert gateway.metric("config_last_reload_successful") == 1
     assert ask(gateway, model=LARGE).status_code == 200
+
+
+def test_the_last_of_several_changes_is_in_force(start: Start, stub: Server) -> None:
+    gateway = start()
+    for number in range(20):
+        gateway.configure({"models": [model("small", stub.url), model(f"model-{number}", stub.url)]})
+    wait_until("the last one", lambda: gateway.models() == {"small", "model-19"})
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -558,10 +582,8 @@ def test_a_board_is_the_same_for_all() -> None:
     second.place(board.place(["c", "a"]))
     kept = second("a")
     assert [second(name).running for name in "abc"] == [3, 0, 0]
-    later = Together(board.fileno(), 0, 2)
-    later.place(board.place([]))
-    later.begin()
-    assert (kept.running, later("a").running) == (1, 1)
+    board.forget(0)
+    assert (kept.running, first("a").running, kept.cells[0]) == (1, 1, 7.5)
     assert len(kept.cells) == RUNNING + 2
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import uvicorn
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -22,7 +22,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from gateway import config
-from gateway.endpoints import CHECKS_TO_BE_DOWN
+from gateway.endpoints import BURST
 from gateway.errors import UpstreamTimeout, UpstreamUnavailable
 from gateway.metrics import Metrics
 from gateway.upstream import WAIT_SECONDS, Reply, Upstream, UpstreamBroken, error_status, retry_after
@@ -30,6 +30,7 @@ from tests.conftest import free_port
 from tests.stub_vllm import Stub, create_app
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+FUZZ = settings(database=None, deadline=None, derandomize=True, max_examples=60)
 
 
 @contextlib.asynccontextmanager
@@ -49,12 +50,14 @@ async def serving(app: Starlette, port: int = 0) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def sending(raw: bytes) -> AsyncIterator[str]:
-    """A server that answers everything with these bytes and closes the connection."""
+async def sending(*pieces: bytes) -> AsyncIterator[str]:
+    """A server that answers everything with these bytes, a moment between the pieces, and closes the connection."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(65536)
-        writer.write(raw)
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(0.02 if len(pieces) > 1 else 0)
         writer.close()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
@@ -88,7 +91,7 @@ async def upstream(*models: config.Model, **settings: Any) -> AsyncIterator[Upst
 
 
 async def ask(upstream: Upstream, *models: config.Model, stream: bool = False) -> tuple[Reply, str]:
-    """The reply to a question, and all of its text."""
+    """The reply to a question, and its text."""
 
     def body(model: config.Model) -> bytes:
         messages = [{"role": "user", "content": "Why?"}]
@@ -99,11 +102,17 @@ async def ask(upstream: Upstream, *models: config.Model, stream: bool = False) -
         text = b"".join([chunk async for chunk in reply.chunks()]) if reply.is_stream else reply.body
     finally:
         reply.close()
-    return reply, text.decode()
+    return reply, text.decode(errors="replace")
 
 
 def metric(upstream: Upstream, name: str, **labels: str) -> float:
     return upstream._metrics.registry.get_sample_value(f"fingerpost_{name}", labels) or 0.0
+
+
+def errors(upstream: Upstream, model: config.Model, reason: str) -> float:
+    """Those of its first endpoint."""
+    url = model.endpoints[0].url
+    return metric(upstream, "endpoint_errors_total", model=model.name, endpoint=url, reason=reason)
 
 
 def states(upstream: Upstream, model: config.Model) -> list[str]:
@@ -143,19 +152,30 @@ async def test_an_endpoint_that_cannot_be_reached_is_passed_over() -> None:
             replies = [(await ask(up, m))[0].status for _ in range(4)]
             assert replies == [200] * 4
             assert len(stub.received) == 4
-            assert metric(up, "retries_total", model="m") >= 1
-            assert (
-                metric(up, "endpoint_errors_total", model="m", endpoint=m.endpoints[0].url, reason="unreachable") >= 1
-            )
+            assert errors(up, m, "unreachable") >= 1
+            assert metric(up, "retries_total", model="m") == 0  # nothing was sent
             assert outstanding(up, m) == [0, 0]
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("fault", ["status-503", "drop", "error-first", "break"])
-def test_what_fails_before_its_first_byte_is_asked_for_elsewhere(fault: str, stream: bool) -> None:
-    if (fault, stream) in (("error-first", False), ("break", True)):
-        return  # only a stream has a first event; a stream that breaks later is another test
+@scenario
+async def test_however_many_cannot_be_reached_one_that_can_is_asked() -> None:
+    stub = Stub()
+    async with serving(create_app(stub)) as url:
+        m = model(dead(), dead(), dead(), url)
+        async with upstream(m, retries=0) as up:
+            assert (await ask(up, m))[0].status == 200
 
+
+BEFORE_THE_FIRST_BYTE = [
+    *(("status-503", stream) for stream in (False, True)),
+    *(("drop", stream) for stream in (False, True)),
+    ("error-first", True),
+    ("break", False),
+]
+
+
+@pytest.mark.parametrize(("fault", "stream"), BEFORE_THE_FIRST_BYTE)
+def test_what_fails_before_its_first_byte_is_asked_for_elsewhere(fault: str, stream: bool) -> None:
     @scenario
     async def test() -> None:
         bad, good = Stub(), Stub()
@@ -168,7 +188,7 @@ def test_what_fails_before_its_first_byte_is_asked_for_elsewhere(fault: str, str
                     assert (reply.status, reply.is_stream) == (200, stream)
                     assert "generat" in text
                 assert len(good.received) == 2
-                assert len(bad.received) >= 1
+                assert metric(up, "retries_total", model="m") == len(bad.received) >= 1
                 assert outstanding(up, m) == [0, 0]
 
     test()
@@ -184,7 +204,7 @@ async def test_after_the_first_byte_nothing_is_tried_again() -> None:
             with pytest.raises(UpstreamBroken):
                 await ask(up, m, stream=True)
             assert len(good.received) == 0
-            assert metric(up, "endpoint_errors_total", model="m", endpoint=first, reason="broken") == 1
+            assert errors(up, m, "broken") == 1
             assert outstanding(up, m) == [0, 0]
 
 
@@ -240,6 +260,8 @@ NOT_HTTP = [
     b"SSH-2.0-OpenSSH_9.2\r\n",
     b"HTTP/1.1 200 OK\r\nContent-Length: minus\r\n\r\n",
     b"HTTP/1.1 999999 OK\r\n\r\n",
+    b"HTTP/1.1 999 OK\r\nContent-Length: 2\r\n\r\n{}",
+    b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
     b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 100_000 + b"\r\n",
     b"HTTP/1.1 200 OK\r\nA\x00B: \x01\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Type: text/event-stream\r\n\r\nzz\r\n",
@@ -264,6 +286,50 @@ def test_a_server_that_does_not_speak_http_is_passed_over(raw: bytes, caplog: py
 
     test()
     assert "OpenSSH" not in caplog.text  # what it sends may be part of an answer
+
+
+@pytest.mark.parametrize(
+    ("content_type", "passed_on", "is_stream"),
+    [
+        (b"text/event-stream", "text/event-stream", True),
+        (b"Text/Event-Stream ;charset=UTF-8", "Text/Event-Stream ;charset=UTF-8", True),
+        (b"text/event-stream; x=\xff", None, True),
+        (b"text/event-streams", "text/event-streams", False),
+        (b"application/json; x=\xc3\xa4", None, False),
+        (b"", None, False),
+    ],
+)
+def test_content_types(content_type: bytes, passed_on: str | None, is_stream: bool) -> None:
+    @scenario
+    async def test() -> None:
+        raw = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: 2\r\n\r\n{}" % content_type
+        async with sending(raw) as url:
+            m = model(url)
+            async with upstream(m) as up:
+                reply, text = await ask(up, m)
+                assert (reply.headers.get("content-type"), reply.is_stream, text) == (passed_on, is_stream, "{}")
+
+    test()
+
+
+@FUZZ
+@given(st.integers(100, 999), st.binary(max_size=30), st.binary(max_size=30), st.binary(max_size=60))
+def test_whatever_a_server_says_is_an_answer_or_a_failure(
+    status: int, content_type: bytes, retry: bytes, body: bytes
+) -> None:
+    @scenario
+    async def test() -> None:
+        head = b"HTTP/1.1 %d X\r\nContent-Type: %s\r\nRetry-After: %s\r\n\r\n" % (status, content_type, retry)
+        async with sending(head + body) as url:
+            m = model(url)
+            async with upstream(m, max_wait_seconds=0) as up:
+                with contextlib.suppress(UpstreamUnavailable, UpstreamBroken):
+                    reply, _ = await ask(up, m)
+                    assert 200 <= reply.status < 600
+                    assert all(value.isascii() for value in reply.headers.values())
+                assert outstanding(up, m) == [0]
+
+    test()
 
 
 @scenario
@@ -297,7 +363,7 @@ def test_a_silent_endpoint_is_left_and_another_generates(stream: bool) -> None:
             limit = {"first_byte_timeout_seconds" if stream else "idle_timeout_seconds": 0.2}
             async with upstream(m, **limit) as up:
                 assert (await ask(up, m, stream=stream))[0].status == 200
-                assert metric(up, "endpoint_errors_total", model="m", endpoint=first, reason="timeout") == 1
+                assert errors(up, m, "timeout") == 1
                 await until(lambda: silent.abandoned)  # it is told to stop
                 assert outstanding(up, m) == [0, 0]
 
@@ -314,6 +380,27 @@ async def test_no_second_generation_where_none_is_allowed() -> None:
             with pytest.raises(UpstreamTimeout):
                 await ask(up, m, stream=True)
             assert len(good.received) == 0
+
+
+@scenario
+async def test_a_fallback_s_second_generations_are_the_chosen_model_s() -> None:
+    silent, good = Stub(), Stub()
+    silent.fault = "silent"
+    async with serving(create_app(silent)) as second, serving(create_app(good)) as third:
+        models = [model(dead(), name="a"), model(second, name="b"), model(third, name="c")]
+        async with upstream(*models, first_byte_timeout_seconds=0.2, timeout_retry_share=1) as up:
+            for _ in range(int(BURST) + 2):
+                assert (await ask(up, *models, stream=True))[0].model.name == "c"
+
+
+@scenario
+async def test_an_answer_that_drips_does_not_begin() -> None:
+    good = Stub()
+    async with sending(b"HTTP/1.1 200 OK\r\n", *[b"X: y\r\n"] * 500) as first, serving(create_app(good)) as second:
+        m = model(first, second)
+        async with upstream(m, first_byte_timeout_seconds=0.3) as up:
+            assert (await ask(up, m, stream=True))[0].status == 200
+            assert errors(up, m, "timeout") == 1
 
 
 @scenario
@@ -424,6 +511,7 @@ async def test_a_long_wait_is_the_client_s() -> None:
         (None, WAIT_SECONDS),
         ("٣", WAIT_SECONDS),
         ("soon", WAIT_SECONDS),
+        ("Fri, 02 Jan 99999999999999999999 03:04:15 GMT", WAIT_SECONDS),
         (format_datetime(NOW.replace(second=35), usegmt=True), 30),
         (format_datetime(NOW.replace(year=2020)), 0),
         ("Fri, 02 Jan 2026 03:04:15", 10),
@@ -433,8 +521,9 @@ def test_retry_after(value: str | None, seconds: float) -> None:
     assert retry_after(value, NOW) == seconds
 
 
+@FUZZ
 @given(
-    st.one_of(st.text(), st.from_regex(r"[A-Z][a-z]{2}, [0-9]{1,2} [A-Z][a-z]{2} [0-9]{1,6} [0-9:]{1,9} [A-Z+0-9-]*"))
+    st.one_of(st.text(), st.from_regex(r"[A-Z][a-z]{2}, [0-9]{1,2} [A-Z][a-z]{2} [0-9]{1,30} [0-9:]{1,9} [A-Z+0-9-]*"))
 )
 def test_any_retry_after_is_some_seconds(value: str) -> None:
     assert 0 <= retry_after(value, NOW) < 1e12
@@ -468,7 +557,7 @@ async def test_fallbacks_are_asked_in_order() -> None:
         models = [model(dead(), name="a"), model(dead(), name="b"), model(url, name="c"), model(url, name="d")]
         async with upstream(*models) as up:
             assert (await ask(up, *models))[0].model.name == "c"
-            assert metric(up, "retries_total", model="b") == 1
+            assert metric(up, "fallbacks_total", model="a", fallback="c") == 1
             with pytest.raises(UpstreamUnavailable, match="'a' or 'b'"):
                 await ask(up, *models[:2])
 
@@ -485,8 +574,7 @@ async def test_an_endpoint_that_fails_again_and_again_is_ejected_and_comes_back(
         async with upstream(m, ejection={"consecutive_failures": 2, "seconds": 0.5}) as up:
             while states(up, m)[0] == "up":
                 assert (await ask(up, m))[0].status == 200
-                for lease in [up._endpoints["m"].take(up._endpoints["m"].all[1])]:  # so that the first one is asked
-                    lease.given_up()
+                up._endpoints["m"].take(up._endpoints["m"].all[1]).given_up()  # so that it is the first one's turn
             before = len(bad.received)
             assert before == 2
             assert [(await ask(up, m))[0].status for _ in range(4)] == [200] * 4
@@ -531,13 +619,11 @@ async def test_health_checks_find_what_dies_and_what_comes_back() -> None:
                 stub.fault = "none"
                 await until(lambda: states(up, m) == ["up", "up"])
             await until(lambda: states(up, m) == ["down", "up"])
-            before = metric(up, "retries_total", model="m")
             assert [(await ask(up, m))[0].status for _ in range(4)] == [200] * 4
-            assert metric(up, "retries_total", model="m") == before  # nobody asks what is down
+            assert errors(up, m, "unreachable") == 0  # nobody asks what is down
             async with serving(create_app(Stub()), port):
                 await until(lambda: states(up, m) == ["up", "up"])
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        assert not [task for task in others if "_watch" in repr(task)]
+        assert not [task for task in asyncio.all_tasks() if "_watch" in repr(task)]
 
 
 @scenario
@@ -546,11 +632,17 @@ async def test_what_is_down_is_asked_when_nothing_else_is_left() -> None:
     stub.fault = "unhealthy"
     async with serving(create_app(stub)) as url:
         m = model(url)
-        async with upstream(m) as up:
-            for _ in range(CHECKS_TO_BE_DOWN):
-                assert not await up.check(m)
-            assert states(up, m) == ["down"]
+        async with upstream(m, health_check={"interval_seconds": 0.05}) as up, up.watching():
+            await until(lambda: states(up, m) == ["down"])
             assert (await ask(up, m))[0].status == 200
+
+
+@scenario
+async def test_who_wants_to_know_whether_it_is_ready_changes_nothing() -> None:
+    m = model(dead())
+    async with upstream(m) as up:
+        assert [await up.check(m) for _ in range(5)] == [False] * 5
+        assert states(up, m) == ["up"]
 
 
 @scenario

@@ -52,11 +52,13 @@ def gateway(start: Any) -> Server:
         "max_tokens": 100,
     }
     thorough = {"name": "thorough", "model": "smollm2-large", "system_prompt": {"replace": "Be thorough."}}
+    pictures = {"name": "pictures", "when": {"has_images": True}, "model": "smollm2-small"}
     gateway: Server = start(
         {
             "auto": {"default": "smollm2-small", "rules": [HARD]},
             "auto-cheap": small_only,
             "auto-brief": {"default": "smollm2-small", "rules": [brief, thorough]},
+            "auto-seeing": {"default": "smollm2-small", "rules": [pictures, HARD]},
         }
     )
     return gateway
@@ -87,7 +89,7 @@ def outcome(response: httpx.Response) -> str:
 
 def test_aliases_are_models_that_can_be_asked_for(gateway: Server) -> None:
     listed = [model["id"] for model in httpx.get(f"{gateway.url}/v1/models").json()["data"]]
-    assert listed == ["auto", "auto-cheap", "auto-brief", "smollm2-small", "smollm2-large"]
+    assert listed == ["auto", "auto-cheap", "auto-brief", "auto-seeing", "smollm2-small", "smollm2-large"]
     assert httpx.get(f"{gateway.url}/v1/models/auto-cheap").json()["owned_by"] == "fingerpost"
     assert described(gateway, LONG)["model"] == "smollm2-large"
     assert described(gateway, LONG, model="auto-cheap")["model"] == "smollm2-small"
@@ -121,6 +123,20 @@ def test_a_follow_up_that_is_easy_by_itself_does_not_fall(gateway: Server) -> No
         "an earlier turn of the conversation is given it by hard: its rule holds (complexity"
     )
     assert told["reason"].endswith("this turn alone would be given smollm2-small by default")
+
+
+def test_a_conversation_goes_to_the_model_that_sees_when_there_is_a_picture(gateway: Server) -> None:
+    """Although an earlier turn, in words alone, was given a larger one."""
+    picture = [{"type": "text", "text": "And this?"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
+    assert described(gateway, LONG, "And this?", model="auto-seeing")["rule"] == "hard"
+    told = described(gateway, LONG, picture, model="auto-seeing")
+    assert (told["model"], told["rule"]) == ("smollm2-small", "pictures")
+    assert described(gateway, LONG, picture, "And that?", model="auto-seeing")["rule"] == "pictures"
+
+
+def test_tools_whose_schema_gives_several_types_are_counted(gateway: Server) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": ["object", "null"]}}}
+    assert described(gateway, "Hello", tools=[tool])["model"] == "smollm2-small"
 
 
 def test_what_a_harness_adds_does_not_decide(gateway: Server, stub: Server) -> None:

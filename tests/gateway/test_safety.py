@@ -403,6 +403,15 @@ def test_requests_sent_at_once_are_answered_in_their_order(gateway: Server) -> N
     assert raw.count(b"HTTP/1.1 200 ") == 2
 
 
+def test_a_head_that_begins_after_a_body_is_not_taken_for_a_large_one(gateway: Server) -> None:
+    first, second = request(chat_body("x" * 100_000)), request(chat_body("Second?"), more="Connection: close\r\n")
+    with connected(gateway) as client:
+        client.sendall(first + second[:20])
+        time.sleep(SECONDS / 4)
+        client.sendall(second[20:])
+        assert everything(client).count(b"HTTP/1.1 200 ") == 2
+
+
 # Clients that do not read
 
 
@@ -494,6 +503,28 @@ def test_nothing_of_a_prompt_or_a_key_is_logged(stub: Server, stub_triton: Tree,
     assert len(log.splitlines()) > 10
     for secret in (MARKER, "client-secret", "wrong-secret", "upstream-secret"):
         assert secret not in log, next(line for line in log.splitlines() if secret in line)
+
+
+def test_prompts_are_logged_where_the_operator_wants_them(
+    stub: Server, stub_triton: Tree, start_gateway: StartGateway
+) -> None:
+    gateway = start_gateway(
+        {
+            "log_prompts": True,
+            "triton": stub_triton,
+            "models": models(stub.url),
+            "policy": {"rules": [], "default": "smollm2-small"},
+            "semantic_cache": {"backend_type": "memory"},
+            "tenants": [{"name": "team", "key_sha256": [digest("client-secret")]}],
+        }
+    )
+    assert "log_prompts is true" in gateway.log.read_text()
+    prompt = f"{MARKER}\n2026-01-01 INFO all is well " + "x" * 5000
+    assert chat(gateway.url, prompt, tenant="client-secret", headers={"X-Request-Id": "mine-3"}).status_code == 200
+    (line,) = [line for line in gateway.log.read_text().splitlines() if MARKER in line]
+    assert f"mine-3: team asks '{MARKER}\\n2026" in line  # in one line, whatever is asked
+    assert len(line) < 2200
+    assert "client-secret" not in gateway.log.read_text()
 
 
 def gateway_metrics(gateway: Server) -> str:

@@ -269,7 +269,7 @@ def test_a_duration(seconds: float, text: str) -> None:
         (b'{"usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}}', 7),
         (b'{"usage": {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}, "total_tokens": 3}}', 3),
         (b'{"type": "response.completed", "response": {"usage": {"input_tokens": 5, "output_tokens": 6}}}', 11),
-        (b'{"type": "message_start", "message": {"usage": {"input_tokens": 5, "output_tokens": 1}}}', 6),
+        (b'{"type": "message_start", "message": {"usage": {"input_tokens": 5, "output_tokens": 1}}}', 0),
         (b'{"type": "message_delta", "usage": {"output_tokens": 9}}', 9),
         (b'{"usage": {"total_tokens": -5}}', 0),
         (b'{"usage": {"total_tokens": true}}', 0),
@@ -291,6 +291,16 @@ def test_anthropic_s_figures_come_in_two_events(clock: Clock) -> None:
     assert admission.tokens == 14
 
 
+def test_an_answer_that_was_broken_off_is_not_billed_by_what_its_first_event_says(clock: Clock) -> None:
+    admission = admit(account(clock, tokens_per_minute=100))
+    admission.reserve(5)
+    admission.read(b'{"type":"message_start","message":{"usage":{"input_tokens":6,"output_tokens":1}}}')
+    for _ in range(20):
+        admission.read(b'{"type":"content_block_delta","delta":{"type":"text_delta","text":"word"}}')
+    admission.end(failed=False)
+    assert admission.tokens == 26
+
+
 # The command
 
 
@@ -304,11 +314,12 @@ def test_the_command_makes_a_key_and_its_digest() -> None:
 
 # Over HTTP
 
-KEYS = {name: f"fp-{name}" for name in ("team", "team-too", "other", "small", "slow", "few", "metered")}
+KEYS = {name: f"fp-{name}" for name in ("team", "team-too", "other", "small", "reader", "slow", "few", "metered")}
 TENANTS = [
     {"name": "team", "key_sha256": [digest(KEYS["team"]), digest(KEYS["team-too"])]},
     {"name": "other", "key_sha256": [digest(KEYS["other"])]},
     {"name": "small", "key_sha256": [digest(KEYS["small"])], "models": ["auto", "smollm2-small"]},
+    {"name": "reader", "key_sha256": [digest(KEYS["reader"])], "models": ["embedder"]},
     {"name": "slow", "key_sha256": [digest(KEYS["slow"])], "concurrent_requests": 1},
     {"name": "few", "key_sha256": [digest(KEYS["few"])], "requests_per_minute": 2},
     {"name": "metered", "key_sha256": [digest(KEYS["metered"])], "tokens_per_minute": 1000},
@@ -387,6 +398,13 @@ def test_only_allowed_models_are_served_and_shown(ask: Ask, gateway: Server) -> 
     assert httpx.get(f"{gateway.url}/v1/models/smollm2-large", headers=headers).status_code == 403
 
 
+@pytest.mark.parametrize(("who", "status"), [("small", 403), ("reader", 200), ("team", 200)])
+def test_the_embedder_is_a_model_among_others(gateway: Server, who: str, status: int) -> None:
+    headers = {"Authorization": f"Bearer {KEYS[who]}"}
+    body = {"model": "embedder", "input": "What is a gnu?"}
+    assert httpx.post(f"{gateway.url}/v1/embeddings", json=body, headers=headers).status_code == status
+
+
 def test_requests_per_minute_over_http(ask: Ask, gateway: Server) -> None:
     first, second, third = (ask("few") for _ in range(3))
     assert [response.status_code for response in (first, second, third)] == [200, 200, 429]
@@ -459,6 +477,7 @@ def test_the_official_client_understands(gateway: Server) -> None:
         ({"tenants": [{"name": "a", "key_sha256": [digest("")]}]}, "is the digest of an empty key"),
         ({"tenants": [TENANTS[0], TENANTS[0]]}, "tenants[1].name: is given twice"),
         ({"tenants": [TENANTS[1], {**TENANTS[1], "name": "b"}]}, "tenants[1].key_sha256[0]: is given twice"),
+        ({"tenants": [{**TENANTS[1], "models": []}]}, "tenants[0].models: "),
         ({"tenants": [{**TENANTS[1], "models": ["huge"]}]}, "tenants[0].models[0]: unknown model (known: auto, "),
         ({"tenants": [{**TENANTS[1], "requests_per_minute": 0}]}, "tenants[0].requests_per_minute: "),
         ({"tenants": TENANTS, "listen": {"allow_anonymous": True}}, "listen.allow_anonymous: cannot stand beside"),

@@ -66,9 +66,29 @@ def test_ports_come_from_the_configuration(tmp_path: Path) -> None:
     assert one("milvus", written).ports == {"connection.port": 7003, "local.milvus.metrics_port": 9091}
 
 
-@pytest.mark.parametrize(("host", "expected"), [("::", "127.0.0.1"), ("::1", "[::1]"), ("10.0.0.7", "10.0.0.7")])
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]"), ("10.0.0.7", "10.0.0.7")],  # noqa: S104
+)
 def test_a_client_s_address(tmp_path: Path, host: str, expected: str) -> None:
-    assert address(config(tmp_path, {"listen": {"host": host}}, {})) == f"http://{expected}:8801"
+    written = config(tmp_path, {"listen": {"host": host, "allow_anonymous": True}}, {})
+    assert address(written) == f"http://{expected}:8801"
+
+
+@pytest.mark.parametrize(
+    ("listen", "asked"),
+    [
+        ({}, "ready"),
+        ({"host": "0.0.0.0", "allow_anonymous": False}, "ready"),  # noqa: S104
+        ({"host": "10.0.0.7", "allow_anonymous": False}, "health"),  # which takes itself for another machine
+        ({"host": "10.0.0.7"}, "ready"),
+        ({"admin_key_sha256": "0" * 64}, "health"),
+    ],
+)
+def test_the_gateway_is_asked_what_it_answers_without_a_key(tmp_path: Path, listen: Tree, asked: str) -> None:
+    tenants = [{"name": "a", "key_sha256": ["1" * 64]}] if listen.get("allow_anonymous") is False else []
+    written = config(tmp_path, {"listen": {"allow_anonymous": True, **listen}, "tenants": tenants}, {})
+    assert one("gateway", written).ready == (f"{address(written)}/{asked}",)
 
 
 def test_last_words_speak_of_the_trouble(tmp_path: Path) -> None:

@@ -126,8 +126,6 @@ class Asker:
             self.failed[f"{path} {status}"] += 1
 
 
-
-
 async def new_question(asker: Asker, session: Session) -> None:
     await asker.post(session, CHAT, prompts.body(AUTO, next(asker.texts), stream=asker.random.random() < 0.5))
 

@@ -132,7 +132,9 @@ def _reason(kind: str, message: str) -> str:
     return known.get(kind, message.removeprefix("Value error, "))
 
 
-_SECRET = re.compile(r"(api_?key|\w*key_sha256|pass\w*|secret\w*|auth\w*|token|credential\w*)(\[\d+\])?$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(api_?key|\w*key_sha256|pass\w*|secret\w*|auth\w*|token|credential\w*)(\[\d+\])?$", re.IGNORECASE
+)
 _CREDENTIALS = re.compile(r"[^\s/'\"]*@")
 
 

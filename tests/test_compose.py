@@ -181,7 +181,9 @@ def test_same_configuration_as_the_local_stack_with_other_addresses(config: Conf
 
 
 def _without_addresses(config: Config) -> Tree:
-    plain = config.model_dump(exclude={"local": True, "data_dir": True, "listen": {"host", "allow_anonymous"}, "triton": {"address"}})
+    plain = config.model_dump(
+        exclude={"local": True, "data_dir": True, "listen": {"host", "allow_anonymous"}, "triton": {"address"}}
+    )
     plain["models"] = [model.model_dump(exclude={"endpoints", "api_key"}) for model in config.models]
     del plain["semantic_cache"]["backend_config_path"]
     return plain | {"milvus": config.milvus.model_dump(exclude={"connection": {"host"}})}

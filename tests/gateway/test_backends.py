@@ -137,9 +137,7 @@ def test_a_collection_that_cannot_be_searched_as_configured_is_named(stack, stub
 
 
 def test_what_another_gateway_deletes_is_not_replayed_any_more(tmp_path: Path) -> None:
-    settings = Milvus.model_validate(
-        {"connection": {"uri": str(tmp_path / "cache.db")}, "collection": {"index": FLAT}}
-    )
+    settings = Milvus.model_validate({"connection": {"uri": str(tmp_path / "cache.db")}, "collection": {"index": FLAT}})
     answer = Answer("small", {"role": "assistant", "content": "200 km"}, "stop", None)
     vector = np.array([1, 0], dtype=np.float32)
     entry = Entry("key", "scope", "How long?", vector, answer, Origin("small", "default", None, None), time.time() + 60)

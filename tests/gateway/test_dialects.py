@@ -462,7 +462,6 @@ def test_a_thought_in_the_events_of_vllm_is_kept() -> None:
     assert assembled(MESSAGES, [frames[0], *frames[2:]]) is None
 
 
-
 # Replays
 
 

@@ -148,9 +148,7 @@ def nothing_unexpected(gateway: Server) -> Iterator[None]:
 
 # Bodies
 
-SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=20)
-)
+SCALARS = st.none() | st.booleans() | st.integers() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=20)
 JSON = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
 )
@@ -175,12 +173,9 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "id": JSON,
     "good": st.booleans() | JSON,
     "comment": JSON,
-    **{
-        name: JSON
-        for name in ("temperature", "n", "tools", "tool_choice", "max_tokens", "max_completion_tokens", "metadata")
-    },
-    **{name: JSON for name in ("max_output_tokens", "response_format", "logprobs", "encoding_format", "dimensions")},
-    **{name: JSON for name in ("user", "store", "reasoning", "reasoning_effort", "chat_template_kwargs", "text")},
+    **dict.fromkeys(("temperature", "n", "tools", "tool_choice", "max_tokens", "max_completion_tokens", "metadata"), JSON),
+    **dict.fromkeys(("max_output_tokens", "response_format", "logprobs", "encoding_format", "dimensions"), JSON),
+    **dict.fromkeys(("user", "store", "reasoning", "reasoning_effort", "chat_template_kwargs", "text"), JSON),
 }
 GOOD: dict[str, Any] = {
     "model": "auto",

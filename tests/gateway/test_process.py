@@ -421,7 +421,9 @@ def certificate(folder: Path, name: str) -> Tree:
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     command += ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
     files = {"cert_file": str(folder / f"{name}.pem"), "key_file": str(folder / f"{name}.key")}
-    subprocess.run([*command, "-keyout", files["key_file"], "-out", files["cert_file"]], check=True, capture_output=True)
+    subprocess.run(
+        [*command, "-keyout", files["key_file"], "-out", files["cert_file"]], check=True, capture_output=True
+    )
     return files
 
 

@@ -168,7 +168,6 @@ class Vllm(Part):
         httpx.post(f"{self.url}/stub", json={"fault": "slow"}, timeout=60).raise_for_status()
 
 
-
 @pytest.fixture
 def vllms(tmp_path: Path) -> Iterator[list[Vllm]]:
     """Three: two of the small model, one of the large one."""

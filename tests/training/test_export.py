@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from tests.training.conftest import Heads, Run
-from training.export import PRECISIONS, SENTENCE, ParityError, convert, export
+from training.export import PRECISIONS, SENTENCE, ParityError, convert, export, outliers
 from training.publish import OUTPUTS, for_export
 from training.served import NoWeights, Served
 from training.tokens import encode, pad, read_tokenizer
@@ -83,6 +83,34 @@ def test_only_what_is_past_all_windows_is_truncated(forms: dict[str, Served]) ->
     assert found.truncated.tolist() == [False, False, False, True, True]
     assert found.tokens.tolist() == [64, 67, 256, 256, 256]
     np.testing.assert_allclose(found.difficulty[2:], np.tile(found.difficulty[2], (3, 1)), atol=1e-4)
+
+
+def test_a_product_of_outliers_stays_in_float32(tmp_path: Path) -> None:
+    class Peaked(nn.Module):
+        """Two products: of even values, and of values one of which is a thousand times the others."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.even, self.peaked = nn.Linear(500, 8), nn.Linear(500, 8)
+            self.register_buffer("peak", torch.cat([torch.full((1,), 5000.0), torch.full((499,), 1.0)]))
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            ones = torch.ones(500) * attention_mask.float().mean(1, keepdim=True) + 0.0 * input_ids.sum(1, keepdim=True)
+            return self.even(ones) + self.peaked(ones * self.peak)
+
+    tokenizer = read_tokenizer(get_model_path())
+    torch.manual_seed(0)
+    export(module := Peaked(), ["value"], tokenizer, tmp_path / "peaked", {"max_tokens": 64})
+    network = tmp_path / "peaked/weights/model.onnx"
+    (kept,) = outliers(network, tokenizer)
+    convert(network, tmp_path / "int8.onnx", "int8", [kept])
+    nodes = {node.op_type: node.name for node in onnx.load(tmp_path / "int8.onnx").graph.node}
+    assert kept in nodes.values()
+    assert "MatMulInteger" in nodes
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    session = onnxruntime.InferenceSession(tmp_path / "int8.onnx")
+    (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": ids.numpy()})
+    np.testing.assert_allclose(found, module(ids, ids).detach().numpy(), atol=0.05)
 
 
 def test_what_disagrees_with_torch_is_not_exported(tmp_path: Path) -> None:

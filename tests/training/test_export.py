@@ -1,8 +1,10 @@
 """The graphs say what torch says, at every precision, and nothing that does not is exported."""
 
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from tests.training.conftest import Heads, Run
-from training.export import PRECISIONS, SENTENCE, ParityError, convert, export, outliers
+from training.compute import multiplies_int8
+from training.export import PRECISIONS, SENTENCE, Embedder, ParityError, convert, export, outliers
 from training.publish import OUTPUTS, for_export
 from training.served import NoWeights, Served
 from training.tokens import encode, pad, read_tokenizer
@@ -27,8 +30,10 @@ TEXTS = [
 ]
 
 
-def test_the_embedder_equals_the_reference_on_a_padded_batch(trained: Run) -> None:
-    weights = trained.repository / "embedder/weights"
+def test_the_embedder_in_float32_equals_the_reference_on_a_padded_batch(tmp_path: Path) -> None:
+    encoder, tokenizer = AutoModel.from_pretrained(get_model_path()), read_tokenizer(get_model_path())
+    export(Embedder(encoder).eval(), ["embedding"], tokenizer, tmp_path / "embedder", {"max_tokens": 256})
+    weights = tmp_path / "embedder/weights"
     ids, mask = pad(encode(Tokenizer.from_file(str(weights / "tokenizer.json")), TEXTS, 256))
     session = onnxruntime.InferenceSession(weights / "model.onnx")
     (found,) = session.run(["embedding"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
@@ -37,11 +42,32 @@ def test_the_embedder_equals_the_reference_on_a_padded_batch(trained: Run) -> No
     assert found[0] @ found[2] == pytest.approx(0.930, abs=1e-3)
 
 
+def test_the_embedder_as_served_is_near_the_reference(trained: Run) -> None:
+    weights = trained.repository / "embedder/weights"
+    session, tokenizer = onnxruntime.InferenceSession(weights / "model.onnx"), read_tokenizer(weights)
+    found = []
+    for text in TEXTS:
+        ids, mask = pad(encode(tokenizer, [text], 256))
+        found += session.run(["embedding"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    assert (torch.from_numpy(np.concatenate(found)) * reference(TEXTS)).sum(1).min() > 0.99
+
+
+def test_a_smaller_form_that_is_too_far_off_is_not_served(tmp_path: Path) -> None:
+    encoder, tokenizer = AutoModel.from_pretrained(get_model_path()), read_tokenizer(get_model_path())
+    export(Embedder(encoder).eval(), ["embedding"], tokenizer, tmp_path / "e", {"max_tokens": 256}, "int8", 0.99999)
+    assert (read_manifest(tmp_path / "e/weights") or {})["precision"] == "float32"
+    assert sorted(path.name for path in (tmp_path / "e/weights").iterdir()) == [
+        "manifest.json",
+        "model.onnx",
+        "tokenizer.json",
+    ]
+
+
 def test_the_embedder_s_manifest_names_the_weights(trained: Run) -> None:
     weights = trained.repository / "embedder/weights"
     assert read_manifest(weights) == {
         "fingerprint": fingerprint(weights),
-        "precision": "float32",
+        "precision": "int8" if multiplies_int8() else ANY,
         "model": "sentence-transformers/all-MiniLM-L6-v2",
         "dimension": 384,
         "max_tokens": 256,

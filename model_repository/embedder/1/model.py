@@ -52,9 +52,7 @@ class TritonPythonModel:
         parts = [[encoding, *encoding.overflowing] for encoding in encodings]
         read = [[window.ids for window in part[: self.windows]] for part in parts]
         passes = [self._pass([text]) for text in read] if self.alone else [self._pass(read)]
-        answers = {
-            name: np.concatenate(found) for name, found in zip(self.outputs, zip(*passes, strict=True), strict=True)
-        }
+        answers = dict(zip(self.outputs, map(np.concatenate, zip(*passes, strict=True)), strict=True))
         # A text past the character limit may still be few tokens; calling it truncated errs on the safe side.
         cut = [len(p) > self.windows or len(t) > self.max_characters for p, t in zip(parts, texts, strict=True)]
         answers["truncated"] = np.array(cut)[:, None]

@@ -115,6 +115,8 @@ def test_a_product_of_outliers_stays_in_float32(tmp_path: Path) -> None:
     class Peaked(nn.Module):
         """Two products: of even values, and of values one of which is a thousand times the others."""
 
+        peak: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.even, self.peaked = nn.Linear(500, 8), nn.Linear(500, 8)

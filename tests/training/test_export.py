@@ -119,11 +119,11 @@ def test_a_product_of_outliers_stays_in_float32(tmp_path: Path) -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.even, self.peaked = nn.Linear(500, 8), nn.Linear(500, 8)
-            self.register_buffer("peak", torch.cat([torch.full((1,), 5000.0), torch.full((499,), 1.0)]))
+            self.even, self.peaked = nn.Linear(5000, 8), nn.Linear(5000, 8)
+            self.register_buffer("peak", torch.cat([torch.full((1,), 5000.0), torch.full((4999,), 1.0)]))
 
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            ones = torch.ones(500) * attention_mask.float().mean(1, keepdim=True) + 0.0 * input_ids.sum(1, keepdim=True)
+            ones = torch.ones(5000) * attention_mask.float().mean(1, keepdim=True) + 0.0 * input_ids.sum(1, keepdim=True)
             return self.even(ones) + self.peaked(ones * self.peak)
 
     tokenizer = read_tokenizer(get_model_path())

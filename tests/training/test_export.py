@@ -123,7 +123,7 @@ def test_a_product_of_outliers_stays_in_float32(tmp_path: Path) -> None:
             self.register_buffer("peak", torch.cat([torch.full((1,), 5000.0), torch.full((4999,), 1.0)]))
 
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            ones = torch.ones(5000) * attention_mask.float().mean(1, keepdim=True) + 0.0 * input_ids.sum(1, keepdim=True)
+            ones = torch.ones(5000) * (attention_mask + 0 * input_ids).float().mean(1, keepdim=True)
             return self.even(ones) + self.peaked(ones * self.peak)
 
     tokenizer = read_tokenizer(get_model_path())

@@ -136,7 +136,7 @@ def convert(source: Path, target: Path, precision: str, kept: Sequence[str] = ()
             per_channel=True,
             reduce_range=not multiplies_int8(),
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=list(kept),
+            nodes_to_exclude=[*kept, *(f"{name}_MatMul" for name in kept)],  # what the quantiser makes of a Gemm first
         )
     elif precision == "float16":
         half = OnnxModel(convert_float_to_float16(onnx.load(source), keep_io_types=True))

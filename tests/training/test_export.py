@@ -132,9 +132,8 @@ def test_a_product_of_outliers_stays_in_float32(tmp_path: Path) -> None:
     network = tmp_path / "peaked/weights/model.onnx"
     (kept,) = outliers(network, tokenizer)
     convert(network, tmp_path / "int8.onnx", "int8", [kept])
-    nodes = {node.op_type: node.name for node in onnx.load(tmp_path / "int8.onnx").graph.node}
-    assert kept in nodes.values()
-    assert "MatMulInteger" in nodes
+    products = [node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node if "MatMul" in node.op_type]
+    assert sorted(products) == ["MatMul", "MatMulInteger"]
     ids = torch.ones(1, 4, dtype=torch.int64)
     session = onnxruntime.InferenceSession(tmp_path / "int8.onnx")
     (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": ids.numpy()})

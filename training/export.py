@@ -91,7 +91,7 @@ def export(
     model: Path,
     manifest: dict[str, Any],
     precision: str = "float32",
-    near: float = -1.0,
+    near: float | None = None,
 ) -> str:
     """Write `model`/weights with `manifest` at `precision`; return the fingerprint, the same for the same weights.
 
@@ -109,7 +109,7 @@ def export(
             raise ParityError(f"{model.name}: ONNX and torch differ by {difference:.2g}, more than {PARITY:g}")
         smaller = folder / "smaller.onnx"
         convert(network, smaller, precision, outliers(network, tokenizer) if precision == "int8" else ())
-        if similarity(network, smaller, tokenizer) < near:
+        if near is not None and similarity(network, smaller, tokenizer) < near:
             precision = "float32"
             smaller.unlink()
         else:

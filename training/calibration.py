@@ -40,28 +40,31 @@ def read_abilities(manifest: Mapping[str, Any]) -> dict[str, Ability]:
 def calibrate(category: Tensor, complexity: Tensor, words: Tensor, wanted: Targets) -> Calibration:
     """Temperature (Guo et al. 2017), Platt scaling and the weights of the words, by maximum likelihood.
 
-    Logits of the trunk, `category` [N, L] and `complexity` [N, 1], and what the words say, `words` [N, >= L + 1], of
+    Logits of the trunk, `category` [N, L] and `complexity` [N, 1], and what the words say, `words` [N, >= L + 2], of
     rows not trained on. Convex: the temperature enters as its inverse.
     """
     labels = category.shape[1]
     known, graded = wanted.category >= 0, ~wanted.complexity.isnan()
     trunk, bag, true = category[known].double(), words[known, :labels].double(), wanted.category[known]
+    length = words[known, -1:].double()
     of_trunk, of_bag = complexity[graded, 0].double(), words[graded, labels].double()
     soft = wanted.complexity[graded].double()
-    start = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    start = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
 
     def objective(x: Tensor) -> Tensor:
         value = FAINT * (x - start).pow(2).sum()
         if len(true):
-            value = value + nn.functional.cross_entropy(trunk * x[0] + bag * x[1], true)
+            value = value + nn.functional.cross_entropy(trunk * x[0] + bag * (x[1] + x[2] * length), true)
         if len(soft):
-            logits = of_trunk * x[2] + of_bag * x[3] + x[4]
+            logits = of_trunk * x[3] + of_bag * x[4] + x[5]
             value = value + nn.functional.binary_cross_entropy_with_logits(logits, soft)
         return value
 
-    sharpness, by_words, scale, complexity_words, bias = _minimised(objective, start).tolist()
+    sharpness, by_words, by_length, scale, complexity_words, bias = _minimised(objective, start).tolist()
     temperature = 1 / max(sharpness, 1e-2)
-    return Calibration(temperature, by_words * temperature, max(scale, 1e-2), complexity_words, bias)
+    return Calibration(
+        temperature, by_words * temperature, by_length * temperature, max(scale, 1e-2), complexity_words, bias
+    )
 
 
 def scaled_loss(category: Tensor, complexity: Tensor, right: Tensor, wanted: Targets) -> float:

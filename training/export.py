@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from training.compute import multiplies_int8
+from training.compute import device, multiplies_int8
 from training.tokens import Windows, mean_pool, read_tokenizer, windows
 from training.weights import appearing, fingerprint, write_manifest
 
@@ -33,10 +33,20 @@ EMBEDDER_TOKENS = 256
 PARITY = 1e-3
 PRECISIONS = ("float32", "int8", "float16")
 # An input whose largest value is this many times its root mean square loses too much to one int8 scale (Dettmers et al.
-# 2022): in the small base one product of 27 is above it, and that one costs two thirds of all that int8 changes.
-OUTLIER = 100.0
+# 2022): above it are the products that end the MLPs, one of which costs two thirds of what int8 changes.
+OUTLIER = 30.0
+NEAR = 0.995  # mean cosine of a smaller form's embeddings to those of float32, else float32 is served
 SENTENCE = "Which of the two is older, and how do we know? "
-TEXTS = ["", "Why?", SENTENCE, SENTENCE * 4]
+TEXTS = [
+    "",
+    "Why?",
+    SENTENCE,
+    SENTENCE * 4,
+    "What are the main renewable energy sources?",
+    "def area(r): return 3.14159 * r ** 2  # what is missing here",
+    "Translate 'good morning' into French, Italian and Dutch, please.",
+    "my train was 90 minutes late and i missed the connection, who pays for the hotel",
+]
 
 
 class ParityError(Exception):
@@ -57,7 +67,10 @@ class Embedder(nn.Module):
 
 
 def export_embedder(repository: Path) -> str:
-    """Write `embedder/weights` in `repository` from the packaged all-MiniLM-L6-v2; return its fingerprint."""
+    """Write `embedder/weights` in `repository` from the packaged all-MiniLM-L6-v2; return its fingerprint.
+
+    It is served in the smaller form for this machine when that form's embeddings are NEAR those of float32.
+    """
     folder = get_model_path()
     encoder = AutoModel.from_pretrained(folder)
     manifest = {
@@ -66,7 +79,9 @@ def export_embedder(repository: Path) -> str:
         "max_tokens": EMBEDDER_TOKENS,
         "license": "Apache-2.0",
     }
-    return export(Embedder(encoder).eval(), ["embedding"], read_tokenizer(folder), repository / "embedder", manifest)
+    module, tokenizer = Embedder(encoder).eval(), read_tokenizer(folder)
+    precision = "float16" if device().type == "cuda" else "int8"
+    return export(module, ["embedding"], tokenizer, repository / "embedder", manifest, precision, NEAR)
 
 
 def export(
@@ -76,12 +91,14 @@ def export(
     model: Path,
     manifest: dict[str, Any],
     precision: str = "float32",
+    near: float | None = None,
 ) -> str:
     """Write `model`/weights with `manifest` at `precision`; return the fingerprint, the same for the same weights.
 
     `module` takes token ids and mask, int64 [W, T], and, when it pools over windows (the manifest has "window"), the
     text each belongs to, int64 [W]; it returns the `outputs`, float32 [W, ...]. Raises ParityError when onnxruntime
-    does not repeat in float32 what torch computes on padded texts of mixed lengths.
+    does not repeat in float32 what torch computes on padded texts of mixed lengths. A smaller form whose first output
+    has a mean cosine below `near` to that of float32 is given up for float32.
     """
     pooled = "window" in manifest
     with appearing(model / "weights") as folder:
@@ -90,7 +107,13 @@ def export(
         difference = disagreement(module, network, tokenizer, manifest.get("window", manifest["max_tokens"]), pooled)
         if not difference <= PARITY:
             raise ParityError(f"{model.name}: ONNX and torch differ by {difference:.2g}, more than {PARITY:g}")
-        convert(network, network, precision, outliers(network, tokenizer) if precision == "int8" else ())
+        smaller = folder / "smaller.onnx"
+        convert(network, smaller, precision, outliers(network, tokenizer) if precision == "int8" else ())
+        if near is not None and similarity(network, smaller, tokenizer) < near:
+            precision = "float32"
+            smaller.unlink()
+        else:
+            smaller.replace(network)
         tokenizer.save(str(folder / "tokenizer.json"))
         named = fingerprint(folder)
         write_manifest(folder, {"fingerprint": named, "precision": precision, **manifest})
@@ -113,7 +136,7 @@ def convert(source: Path, target: Path, precision: str, kept: Sequence[str] = ()
             per_channel=True,
             reduce_range=not multiplies_int8(),
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=list(kept),
+            nodes_to_exclude=[*kept, *(f"{name}_MatMul" for name in kept)],  # what the quantiser makes of a Gemm first
         )
     elif precision == "float16":
         half = OnnxModel(convert_float_to_float16(onnx.load(source), keep_io_types=True))
@@ -133,10 +156,17 @@ def outliers(path: Path, tokenizer: Tokenizer) -> list[str]:
     inputs = list(dict.fromkeys(node.input[0] for node in products))
     graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in inputs)
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
-    texts = windows(tokenizer, TEXTS, 128, 1).tensors()[: len(session.get_inputs())]
+    texts = windows(tokenizer, TEXTS, 128, 1).tensors()
     found = zip(inputs, session.run(inputs, named(session, texts)), strict=True)
     beyond = {name for name, values in found if np.abs(values).max() > OUTLIER * np.sqrt(np.square(values).mean())}
     return [node.name for node in products if node.input[0] in beyond]
+
+
+def similarity(one: Path, other: Path, tokenizer: Tokenizer) -> float:
+    """Mean cosine between what two graphs give first for the same texts, read one by one."""
+    parts = [windows(tokenizer, [text], 128, 1) for text in TEXTS]
+    a, b = (np.concatenate([found[0] for found in outputs_of(path, parts)]) for path in (one, other))
+    return float(np.mean((a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))))
 
 
 def to_onnx(module: nn.Module, outputs: list[str], pooled: bool) -> onnx.ModelProto:
@@ -192,8 +222,8 @@ def disagreement(module: nn.Module, path: Path, tokenizer: Tokenizer, window: in
 
 
 def named(session: onnxruntime.InferenceSession, tensors: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
-    """`tensors` by the names of the graph's inputs."""
-    return {given.name: tensor.numpy() for given, tensor in zip(session.get_inputs(), tensors, strict=True)}
+    """`tensors` by the names of the graph's inputs; one that does not pool takes the first two."""
+    return {given.name: tensor.numpy() for given, tensor in zip(session.get_inputs(), tensors, strict=False)}
 
 
 def outputs_of(path: Path, parts: Sequence[Windows]) -> list[list[np.ndarray[Any, Any]]]:

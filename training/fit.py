@@ -46,9 +46,14 @@ class Plan:
     models: Sequence[str]  # graded in the training split
     epochs: int
     seed: int
-    window: int  # tokens; of longer texts training reads the first window
+    window: int  # tokens
     windows: int
     start: Path | None  # heads to start from
+
+    @property
+    def read(self) -> int:
+        """Tokens of a text that training reads."""
+        return min(self.window, READ)
 
 
 @dataclass
@@ -77,7 +82,7 @@ def fit(base: Base, splits: Splits, plan: Plan, checkpoint: Path) -> tuple[Train
     torch.manual_seed(plan.seed)
     wanted = targets(splits.train, plan.labels, plan.models)
     texts = [row.text for row in splits.train]
-    ids = encode(base.tokenizer, texts, min(plan.window, READ))
+    ids = encode(base.tokenizer, texts, plan.read)
     print("words: fitting")
     vocabulary = base.trunk.config.vocab_size
     lexical = fit_lexical(ids, wanted, len(plan.labels), DIRECTIONS, vocabulary)
@@ -127,7 +132,7 @@ def _train(
         for batch in steps[progress.step :]:
             classifier.train()
             typed = mistyped([texts[i] for i in batch], random.Random(f"{plan.seed} {progress.step}"))  # noqa: S311
-            scores, right = _forward(classifier, encode(tokenizer, typed, min(plan.window, READ)))
+            scores, right = _forward(classifier, encode(tokenizer, typed, plan.read))
             value = loss(scores.category, scores.complexity, right, _moved(wanted.at(batch)), SMOOTHING)
             value.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(list(trained.values()), 1.0)

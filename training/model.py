@@ -66,11 +66,13 @@ def membership(text: Tensor) -> Tensor:
 class Calibration:
     """How logits of the trunk and of the words become probabilities; fitted on the validation split.
 
-    p(category) = softmax((trunk + words * lexical) / temperature), p(complex) = sigmoid(scale * trunk + words + bias).
+    p(category) = softmax((trunk + words * lexical) / temperature), p(complex) = sigmoid(scale * trunk + words + bias);
+    for the category the words weigh more or less the longer the text is.
     """
 
     temperature: float = 1.0
     category_words: float = 0.0
+    category_words_by_length: float = 0.0  # per unit of what `Router.words` gives last
     scale: float = 1.0
     complexity_words: float = 0.0
     bias: float = 0.0
@@ -104,7 +106,8 @@ class Router(nn.Module):
     def logits(self, scores: Scores, words: Tensor) -> tuple[Tensor, Tensor]:
         """Calibrated logits of category [B, L] and complexity [B, 1]."""
         of, c = self.labels, self.calibration
-        category = (scores.category + c.category_words * words[:, :of]) / c.temperature
+        weight = c.category_words + c.category_words_by_length * words[:, -1:]
+        category = (scores.category + weight * words[:, :of]) / c.temperature
         return category, c.scale * scores.complexity + c.complexity_words * words[:, of : of + 1] + c.bias
 
     def hardness(self, scores: Scores, words: Tensor) -> Tensor:

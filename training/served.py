@@ -46,6 +46,7 @@ class Served:
         self.manifest: dict[str, Any] = manifest
         self.labels: list[str] = manifest["labels"]
         self.tokenizer = read_tokenizer(folder)
+        self.alone = network is None and manifest.get("precision") == "int8"
         self.session = onnxruntime.InferenceSession(network or folder / "model.onnx", providers=_providers())
 
     def read(self, texts: Sequence[str], progress: str | None = None) -> Readings:
@@ -53,7 +54,7 @@ class Served:
         window = self.manifest["window"]
         cut = windows(self.tokenizer, texts, window, self.manifest["max_tokens"] // window)
         lengths = np.bincount(cut.text, weights=[len(ids) for ids in cut.ids], minlength=len(texts)).astype(int)
-        order = list(batches(lengths.tolist(), BATCH_TOKENS))
+        order = [[i] for i in range(len(texts))] if self.alone else list(batches(lengths.tolist(), BATCH_TOKENS))
         found: list[list[Any]] = []
         for batch in tqdm(order, desc=progress, unit="batch", disable=progress is None):
             part = cut.of(batch)

@@ -81,7 +81,8 @@ def report(repository: Path, data: Sequence[str]) -> Path:
 
     Raises BadRows or NoWeights.
     """
-    metrics = evaluate(repository / "classifier" / "weights", split(read(data)), remembering())
+    splits = without_leaks(split(read(data)))
+    metrics = evaluate(repository / "classifier" / "weights", splits, remembering())
     run = RUNS / time.strftime("%Y%m%d-%H%M%S-evaluate")
     with appearing(run) as folder:
         _write(folder, {**metrics, "id": run.name})

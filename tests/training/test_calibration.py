@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.calibration import Ability, abilities, ability, abstention, calibrate
+from training.calibration import Ability, abilities, ability, abstention, calibrate, scaled_loss
 from training.objective import Targets, graded_models, loss, targets
 from training.rows import Row
 
@@ -67,15 +67,27 @@ def test_without_any_label_of_a_kind_the_loss_is_still_a_number(lacking: str) ->
     assert all(part.grad is None or part.grad.isfinite().all() for part in (category, complexity, right))
 
 
+def test_being_too_sure_costs_nothing_once_scaled() -> None:
+    torch.manual_seed(0)
+    logits, score, right = torch.randn(500, 3), torch.randn(500, 1), torch.randn(500, 2)
+    true = torch.distributions.Categorical(logits=logits).sample()
+    wanted = Targets(true, sampled(score[:, 0]), sampled(right))
+    honest = scaled_loss(logits, score, right, wanted)
+    assert honest == pytest.approx(loss(logits, score, right, wanted).item(), rel=0.01)
+    assert scaled_loss(9 * logits, 9 * score, right / 9, wanted) == pytest.approx(honest, rel=1e-3)
+    assert honest < scaled_loss(torch.randn(500, 3), score, right, wanted)
+
+
 def test_calibration_recovers_what_was_applied() -> None:
     torch.manual_seed(0)
     trunk, bag = torch.randn(8000, 4) * 2, torch.randn(8000, 7)
-    true = torch.distributions.Categorical(logits=(trunk + 0.5 * bag[:, :4]) / 3).sample()
+    true = torch.distributions.Categorical(logits=(trunk + (0.5 + 0.3 * bag[:, -1:]) * bag[:, :4]) / 3).sample()
     score = torch.randn(8000, 1) * 2
     hard = sampled(0.5 * score[:, 0] + 0.8 * bag[:, 4] - 0.5)
     found = calibrate(trunk, score, bag, Targets(true, hard, torch.zeros(8000, 0)))
     assert found.temperature == pytest.approx(3, rel=0.1)
     assert found.category_words == pytest.approx(0.5, abs=0.1)
+    assert found.category_words_by_length == pytest.approx(0.3, abs=0.1)
     assert found.scale == pytest.approx(0.5, rel=0.1)
     assert found.complexity_words == pytest.approx(0.8, rel=0.1)
     assert found.bias == pytest.approx(-0.5, abs=0.1)

@@ -1,8 +1,10 @@
 """The graphs say what torch says, at every precision, and nothing that does not is exported."""
 
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from tests.training.conftest import Heads, Run
-from training.export import PRECISIONS, SENTENCE, ParityError, convert, export
+from training.compute import multiplies_int8
+from training.export import PRECISIONS, SENTENCE, Embedder, ParityError, convert, export, outliers
 from training.publish import OUTPUTS, for_export
 from training.served import NoWeights, Served
 from training.tokens import encode, pad, read_tokenizer
@@ -27,21 +30,48 @@ TEXTS = [
 ]
 
 
-def test_the_embedder_equals_the_reference_on_a_padded_batch(trained: Run) -> None:
-    weights = trained.repository / "embedder/weights"
-    ids, mask = pad(encode(Tokenizer.from_file(str(weights / "tokenizer.json")), TEXTS, 256))
-    session = onnxruntime.InferenceSession(weights / "model.onnx")
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedder's weights when the smaller form must be nearer than it can be."""
+    model = tmp_path_factory.mktemp("exact") / "embedder"
+    encoder, tokenizer = AutoModel.from_pretrained(get_model_path()), read_tokenizer(get_model_path())
+    export(Embedder(encoder).eval(), ["embedding"], tokenizer, model, {"max_tokens": 256}, "int8", 0.99999)
+    return model / "weights"
+
+
+def test_the_embedder_in_float32_equals_the_reference_on_a_padded_batch(exact: Path) -> None:
+    ids, mask = pad(encode(Tokenizer.from_file(str(exact / "tokenizer.json")), TEXTS, 256))
+    session = onnxruntime.InferenceSession(exact / "model.onnx")
     (found,) = session.run(["embedding"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), reference(TEXTS), atol=1e-3, rtol=0)
     assert found[0] @ found[1] == pytest.approx(0.912, abs=1e-3)
     assert found[0] @ found[2] == pytest.approx(0.930, abs=1e-3)
 
 
+def test_the_embedder_as_served_is_near_the_reference(trained: Run) -> None:
+    weights = trained.repository / "embedder/weights"
+    session, tokenizer = onnxruntime.InferenceSession(weights / "model.onnx"), read_tokenizer(weights)
+    found = []
+    for text in TEXTS:
+        ids, mask = pad(encode(tokenizer, [text], 256))
+        found += session.run(["embedding"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    assert (torch.from_numpy(np.concatenate(found)) * reference(TEXTS)).sum(1).min() > 0.99
+
+
+def test_a_smaller_form_that_is_too_far_off_is_not_served(exact: Path) -> None:
+    assert (read_manifest(exact) or {})["precision"] == "float32"
+    assert sorted(path.name for path in exact.iterdir()) == [
+        "manifest.json",
+        "model.onnx",
+        "tokenizer.json",
+    ]
+
+
 def test_the_embedder_s_manifest_names_the_weights(trained: Run) -> None:
     weights = trained.repository / "embedder/weights"
     assert read_manifest(weights) == {
         "fingerprint": fingerprint(weights),
-        "precision": "float32",
+        "precision": "int8" if multiplies_int8() else ANY,
         "model": "sentence-transformers/all-MiniLM-L6-v2",
         "dimension": 384,
         "max_tokens": 256,
@@ -83,6 +113,35 @@ def test_only_what_is_past_all_windows_is_truncated(forms: dict[str, Served]) ->
     assert found.truncated.tolist() == [False, False, False, True, True]
     assert found.tokens.tolist() == [64, 67, 256, 256, 256]
     np.testing.assert_allclose(found.difficulty[2:], np.tile(found.difficulty[2], (3, 1)), atol=1e-4)
+
+
+def test_a_product_of_outliers_stays_in_float32(tmp_path: Path) -> None:
+    class Peaked(nn.Module):
+        """Two products: of even values, and of values one of which is a thousand times the others."""
+
+        peak: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.even, self.peaked = nn.Linear(5000, 8), nn.Linear(5000, 8)
+            self.register_buffer("peak", torch.cat([torch.full((1,), 5000.0), torch.full((4999,), 1.0)]))
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            ones = torch.ones(5000) * (attention_mask + 0 * input_ids).float().mean(1, keepdim=True)
+            return self.even(ones) + self.peaked(ones * self.peak)
+
+    tokenizer = read_tokenizer(get_model_path())
+    torch.manual_seed(0)
+    export(module := Peaked(), ["value"], tokenizer, tmp_path / "peaked", {"max_tokens": 64})
+    network = tmp_path / "peaked/weights/model.onnx"
+    (kept,) = outliers(network, tokenizer)
+    convert(network, tmp_path / "int8.onnx", "int8", [kept])
+    products = [node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node if "MatMul" in node.op_type]
+    assert sorted(products) == ["MatMul", "MatMulInteger"]
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    session = onnxruntime.InferenceSession(tmp_path / "int8.onnx")
+    (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": ids.numpy()})
+    np.testing.assert_allclose(found, module(ids, ids).detach().numpy(), atol=0.05)
 
 
 def test_what_disagrees_with_torch_is_not_exported(tmp_path: Path) -> None:

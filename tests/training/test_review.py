@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from training.review import FOLDS, OutOfSample, as_json, near, out_of_fold, review, summary
+from training.review import FOLDS, OutOfSample, as_json, near, out_of_fold, review, summary, without_leaks
 from training.rows import Row, Splits, normalised
 
 WORDS = {
@@ -103,6 +103,16 @@ def test_near_finds_what_comparing_all_pairs_finds() -> None:
     assert near(texts) == pytest.approx(wanted)
 
 
+def test_what_nearly_repeats_a_held_out_row_is_dropped() -> None:
+    told = "The harbour has two piers, one of oak and one of stone, and a light at the end of each. Which is older"
+    held, chosen, repeated = (Row(told + end, "sailing", 1.0) for end in ("?", ", and why?", " of the two?"))
+    good, other = rows(20), Row("Name a fish.", "cooking", 0.0)
+    splits = without_leaks(Splits([repeated, *good], [chosen, other], [held]))
+    assert splits == Splits(good, [other], [held], [repeated, chosen])
+    assert without_leaks(splits) == splits
+    assert not [finding for finding in review(splits) if finding.kind == "leak"]
+
+
 def test_twenty_thousand_rows_made_alike_are_reviewed_in_time() -> None:
     many = [Row(f"Say in one word what number {i} has to do with the tides", "sailing") for i in range(5_000)]
     many += rows(15_000)
@@ -158,7 +168,7 @@ def test_the_summary_is_short_and_no_text_is_shown_in_full() -> None:
     lines = summary(found).splitlines()
     assert lines[0] == "review: small class, 9 found"
     assert lines[6:8] == ["  ... and 4 more", "review: duplicate, 7 found"]
-    assert lines[-1] == "  1 rows: their texts are in a split that is held out further"
+    assert lines[-1] == "  1 rows: their texts, or nearly those, are in a split that is held out further"
     assert "\x1b" not in summary(found)
     written = json.loads(json.dumps(as_json(found)))
     assert written["counts"] == {"small class": 9, "duplicate": 7, "dropped": 1}

@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import ROOT, wait_until
 from tests.training.conftest import Run, records, written
 from training.__main__ import main
+from training.fit import DIRECTIONS
 from training.heads import SHIPPED
 from training.model import DIFFICULTY
 from training.served import Served
@@ -40,7 +41,7 @@ def test_rows_become_weights_and_a_manifest(trained: Run) -> None:
     assert manifest["abstention"] is None  # no category is called "other"
     assert manifest["precision"] in ("float32", "int8", "float16")
     assert (manifest["window"], manifest["max_tokens"]) == (64, 256)
-    assert manifest["difficulty"] == DIFFICULTY + 7  # six directions of the words, and the length
+    assert manifest["difficulty"] == DIFFICULTY + DIRECTIONS + 1  # what the trunk says, the words, and the length
     assert all(len(known["weights"]) == manifest["difficulty"] for known in manifest["abilities"].values())
     (source,) = manifest["trained_on"]
     assert (source["name"], sum(source["rows"].values())) == ("own", 300)

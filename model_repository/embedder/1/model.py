@@ -1,7 +1,8 @@
 """What `embedder` and `classifier` both are: texts in, one tokenisation, one ONNX pass, the graph's outputs out.
 
-Triton hands `execute` every request of a dynamic batch; all their texts go through the network together. A text longer
-than the network's window is read in several, which a graph with an input `text` pools; any other reads the first alone.
+Triton hands `execute` every request of a dynamic batch; all their texts go through the network together, but in int8
+each goes alone. A text longer than the network's window is read in several, which a graph with an input `text` pools;
+any other reads the first alone.
 Beside the graph's own outputs each text gets `truncated` (its end was not read) and `fingerprint` (whose answer it is).
 """
 
@@ -24,6 +25,8 @@ class TritonPythonModel:
         self.max_characters = 32 * manifest["max_tokens"]
         window = manifest.get("window", manifest["max_tokens"])
         self.windows = manifest["max_tokens"] // window
+        # The scales of int8 are taken over all that is read at once: alone, a text is read alike whoever else asks.
+        self.alone = manifest.get("precision") == "int8"
         self.tokenizer = Tokenizer.from_str(tokenizer.decode())
         self.tokenizer.enable_truncation(window)
         self.session = _session(network, json.loads(args["model_config"])["parameters"])
@@ -47,14 +50,20 @@ class TritonPythonModel:
         """Outputs of the graph [B, ...], `truncated` bool [B, 1] and `fingerprint` bytes [B, 1]."""
         encodings = self.tokenizer.encode_batch([text[: self.max_characters] for text in texts])
         parts = [[encoding, *encoding.overflowing] for encoding in encodings]
-        inputs = _inputs([[window.ids for window in part[: self.windows]] for part in parts])
-        outputs = self.session.run(None, {name: inputs[name] for name in self.inputs})
-        answers = {name: output[: len(texts)] for name, output in zip(self.outputs, outputs, strict=True)}
+        read = [[window.ids for window in part[: self.windows]] for part in parts]
+        passes = [self._pass([text]) for text in read] if self.alone else [self._pass(read)]
+        answers = dict(zip(self.outputs, map(np.concatenate, zip(*passes, strict=True)), strict=True))
         # A text past the character limit may still be few tokens; calling it truncated errs on the safe side.
         cut = [len(p) > self.windows or len(t) > self.max_characters for p, t in zip(parts, texts, strict=True)]
         answers["truncated"] = np.array(cut)[:, None]
         answers["fingerprint"] = np.full((len(texts), 1), self.fingerprint, dtype=object)
         return answers
+
+    def _pass(self, texts: list[list[list[int]]]) -> list[np.ndarray]:
+        """The graph's outputs [B, ...] for texts given as the token ids of their windows."""
+        inputs = _inputs(texts)
+        outputs = self.session.run(None, {name: inputs[name] for name in self.inputs})
+        return [output[: len(texts)] for output in outputs]
 
 
 def _inputs(texts: list[list[list[int]]]) -> dict[str, np.ndarray]:

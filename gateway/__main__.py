@@ -1,4 +1,4 @@
-"""`python -m gateway --config config/config.yaml`: serve until told to stop. `python -m gateway key`: make an API key."""
+"""`python -m gateway --config config/config.yaml` serves until told to stop; `… key` makes an API key."""
 
 from __future__ import annotations
 

@@ -286,19 +286,19 @@ class Chat:
         A usage chunk that the gateway asked for and the client did not is left out.
         """
         splitter, assembly, finished = sse.FrameSplitter(), call.form.assembly(), False
-        id: str | None = None
+        response_id: str | None = None
         try:
             async for chunk in reply.chunks():
                 frames = splitter.feed(chunk)
                 if splitter.pending > MAX_FRAME_BYTES:
                     raise UpstreamBroken(f"an event is longer than {MAX_FRAME_BYTES} bytes")
-                if id is None and (id := answers.response_id(b"".join(frames))):
-                    self._remember(call, id, route.model.name, None)
+                if response_id is None and (response_id := answers.response_id(b"".join(frames))):
+                    self._remember(call, response_id, route.model.name, None)
                 kept = [frame for frame in frames if self._keep(call, frame, assembly, keep_usage=keep_usage)]
                 if assembly.done and not finished:  # before the client sees it, who may leave or ask again at once
                     finished = True
                     key = self._finish(call, route, assembly.answer(), store=store)
-                    self._remember(call, id, route.model.name, key)
+                    self._remember(call, response_id, route.model.name, key)
                 if kept:
                     yield b"".join(kept)
         except UpstreamBroken as error:

@@ -274,9 +274,11 @@ def _restore(dials: Dials, path: Path, classifier: str, metrics: Metrics) -> Non
 
 
 async def _save_until(stop: asyncio.Event, dials: Dials, path: Path, classifier: str, metrics: Metrics) -> None:
-    while not stop.is_set():
+    stopped = False
+    while not stopped:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), SAVE_SECONDS)
+        stopped = stop.is_set()  # before what is left is written
         if dials.changed:
             dials.changed = False
             await asyncio.to_thread(_save, _Kept(classifier=classifier, dials=dials.states), path, metrics)

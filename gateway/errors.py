@@ -13,9 +13,9 @@
     ├── PartUnavailable      503  Triton or the cache is down, and the request is for it alone
     └── UpstreamTimeout      504  the endpoint took the request and fell silent, or total_timeout_seconds are over
 
-Every one is sent in OpenAI's form, `{"error": {"message", "type", "param", "code"}}`; where the request is in Anthropic's,
-so is the error: `{"type": "error", "error": {"type", "message"}, "request_id"}`. Failures of Triton and Milvus reach no
-client that wants an answer of a model, see `gateway.degradation`.
+Every one is sent in OpenAI's form, `{"error": {"message", "type", "param", "code"}}`; where the request is in
+Anthropic's, so is the error: `{"type": "error", "error": {"type", "message"}, "request_id"}`. Failures of Triton and
+Milvus reach no client that wants an answer of a model, see `gateway.degradation`.
 """
 
 from __future__ import annotations

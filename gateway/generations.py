@@ -1,4 +1,4 @@
-"""The application in the configuration that is in force, and in those before it in which requests are still under way."""
+"""The application in the configuration in force, and in those before it in which requests are still under way."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Prometheus metrics, in a registry of their own. No label holds anything a client wrote.
 
-Of several processes each writes its figures into files of one folder, and whichever is asked shows those of all: counters
-and histograms are added up, and of each gauge it says here whether its values are added up, averaged or the highest taken.
+Of several processes each writes its figures into files of one folder, and whichever is asked shows those of all:
+counters and histograms are added up, and of each gauge it says here whether its values are added up, averaged or the
+highest taken.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Server(uvicorn.Server):
 
     async def change(self, settings: Settings) -> None:
         """Have a configuration in force; a certificate is read again, whether it is another one or not."""
-        while not self.started:
+        while not self.started:  # noqa: ASYNC110 (uvicorn has only this flag)
             await asyncio.sleep(TICK_SECONDS)
         tls = settings.config.listen.tls
         if tls is not None and self.config.ssl is not None:

@@ -1,4 +1,4 @@
-"""What a worker asks the others: an answer is remembered by the one that gave it, and a verdict may come to any of them.
+"""What a worker asks the others: an answer is remembered by the one that gave it, a verdict may come to any of them.
 
 Each listens on a socket of its own in a folder that only this gateway's user can enter. A question and its answer are a
 line of JSON each.

@@ -1,8 +1,8 @@
 """One of several workers: `python -m gateway.worker NUMBER BOARD`, which `gateway.workers` runs and nobody else.
 
 Its standard input is a pipe on which it is sent its configuration, and later on every other one. It stops on TERM,
-which may come more than once, and when the pipe ends: nobody would start another worker in its place. INT and HUP, which
-a terminal sends to all, are for the process that started it.
+which may come more than once, and when the pipe ends: nobody would start another worker in its place. INT and HUP,
+which a terminal sends to all, are for the process that started it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A stub that speaks Triton's gRPC protocol: `python tests/stub_triton.py PORT [CERTIFICATE KEY AUTHORITY]`.
 
-It serves `router` and `embedder` with models of its own: an embedding is the hashed and counted words of a text, so that
-texts of the same words are near; the category is the first label that occurs in the text; a text grows complex with its
-length. `write_manifests` describes these models to a gateway.
+It serves `router` and `embedder` with models of its own: an embedding is the hashed and counted words of a text, so
+that texts of the same words are near; the category is the first label that occurs in the text; a text grows complex
+with its length. `write_manifests` describes these models to a gateway.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def test_what_another_gateway_deletes_is_not_replayed_any_more(tmp_path: Path) -
         first, second = await opened(), await opened()
         first.put(entry)
         async with asyncio.timeout(30):
-            while await second.get("key") is None:
+            while await second.get("key") is None:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
             await first.delete("key")
             assert await first.get("key") is None

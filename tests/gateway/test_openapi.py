@@ -91,7 +91,8 @@ TURN = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant"]) | JSON, "content": CONTENT},
     optional={"type": st.sampled_from(["message", "function_call"]) | JSON},
 )
-TURNS = st.just("Hi") | st.lists(TURN | JSON, max_size=3) | JSON
+GOOD_TURNS = st.lists(st.sampled_from([{"role": role, "content": "Hi"} for role in ("user", "assistant")]), max_size=2)
+TURNS = st.just("Hi") | GOOD_TURNS | st.lists(TURN | JSON, max_size=3) | JSON
 
 
 def body(**optional: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -99,7 +100,7 @@ def body(**optional: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.fixed_dictionaries({"model": st.just("auto") | JSON}, optional=optional) | JSON
 
 
-STREAMING = {"stream": JSON, "stream_options": JSON}
+STREAMING = {"stream": st.booleans() | JSON, "stream_options": st.none() | JSON}
 REQUESTS: dict[str, tuple[Callable[[bytes], object], st.SearchStrategy[Any]]] = {
     "ChatCompletionRequest": (lambda raw: parse(raw, CHAT.view), body(messages=TURNS, **STREAMING)),
     "CompletionRequest": (lambda raw: parse(raw, COMPLETIONS.view), body(prompt=JSON, prompt_embeds=JSON, **STREAMING)),
@@ -151,7 +152,7 @@ def test_the_strategies_make_bodies_that_are_taken() -> None:
 def find(bodies: st.SearchStrategy[Any], taken_by: Callable[[bytes], object]) -> bool:
     found = []
 
-    @FUZZ
+    @settings(FUZZ, max_examples=1500)
     @given(bodies)
     def look(value: Any) -> None:
         try:

@@ -466,12 +466,12 @@ def test_the_figures_of_all_workers_are_one(start: Start, stub: Server) -> None:
 def test_a_verdict_may_come_to_any_worker(start: Start) -> None:
     gateway = start({"listen": {"workers": 3}})
 
-    def judge(id: str) -> httpx.Response:
+    def judge(answer: str) -> httpx.Response:
         headers = {"authorization": f"Bearer {KEY}"}
-        return httpx.post(f"{gateway.url}/v1/feedback", json={"id": id, "good": True}, headers=headers, timeout=60)
+        return httpx.post(f"{gateway.url}/v1/feedback", json={"id": answer, "good": True}, headers=headers, timeout=60)
 
     ids = [ask(gateway).headers["x-request-id"] for _ in range(6)]
-    assert {judge(id).status_code for id in ids for _ in range(2)} == {200}
+    assert {judge(answer).status_code for answer in ids for _ in range(2)} == {200}
     assert gateway.metric('feedback_total{verdict="good"}') == 12
     unknown = judge("chatcmpl-unknown")
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "answer_not_found")

@@ -273,15 +273,13 @@ def test_messages_tools(claude: Any) -> None:
     ids=["model", "messages", "temperature", "window", "size"],
 )
 def test_errors_of_openai_s_client(client: Any, asked: Tree, kind: type[openai.APIStatusError]) -> None:
+    whole = {"model": SMALL, "messages": user("Hi"), "max_tokens": 4, **asked}
     with pytest.raises(kind) as raised:
-        client.chat.completions.create(**{"model": SMALL, "messages": user("Hi"), "max_tokens": 4, **asked})
+        client.chat.completions.create(**whole)
     assert raised.value.status_code in (400, 404, 413)
     assert raised.value.body["message"]  # type: ignore[index]
     with pytest.raises(kind):
-        stream = client.chat.completions.create(
-            **{"model": SMALL, "messages": user("Hi"), "max_tokens": 4, "stream": True, **asked}
-        )
-        list(stream)
+        list(client.chat.completions.create(**{**whole, "stream": True}))
 
 
 @pytest.mark.parametrize(
@@ -319,8 +317,7 @@ def test_errors_of_tenants(guarded: Server) -> None:
     with pytest.raises(openai.PermissionDeniedError):
         asking("key-few", SMALL)
     with pytest.raises(openai.RateLimitError) as limited:
-        for _ in range(3):
-            asking("key-few")
+        [asking("key-few") for _ in range(3)]
     assert int(limited.value.response.headers["retry-after"]) > 0
     with pytest.raises(anthropic.RateLimitError):
         messaging("key-few")

@@ -183,9 +183,7 @@ Start = Callable[..., Server]
 
 
 @pytest.fixture
-def start(
-    killable_triton: Triton, killable_milvus: Milvus, vllms: list[Vllm], start_gateway: StartGateway
-) -> Iterator[Start]:
+def start(killable_triton: Triton, killable_milvus: Milvus, vllms: list[Vllm], start_gateway: StartGateway) -> Start:
     """Starts a gateway in front of all of it, whose small model falls back to the large one only if told so."""
 
     def started(*, falls_back: bool = False) -> Server:
@@ -204,7 +202,7 @@ def start(
         wait_until("the gateway to be ready", lambda: not_ready(gateway) == set())
         return gateway
 
-    yield started
+    return started
 
 
 @contextlib.contextmanager

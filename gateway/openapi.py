@@ -328,7 +328,7 @@ def post(summary: str, request: str, answer: str, statuses: str, *, operation: s
 def generation(summary: str, request: str, answer: str, *, operation: str, error: str = "Error") -> Json:
     """An operation that a model answers, as JSON or as a stream, or refuses in its endpoint's own words."""
     described = post(summary, request, answer, "", operation=operation)["post"]
-    content = {**json_content(ref(answer)), "text/event-stream": {"schema": STRING}}
+    content = {**json_content(ref(answer)), "text/event-stream": {}}  # what a schema is of, an event or all, is open
     theirs: Json = {"type": "object", "description": "what the model's endpoint said"}
     return {
         "post": {

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ def kill(stub: Server) -> None:
 
 
 def described(gateway: Server) -> Any:
-    body = {"model": "auto", "messages": [{"role": "user", "content": "Hi"}]}
+    """What the gateway says of a prompt that nobody has read before."""
+    body = {"model": "auto", "messages": [{"role": "user", "content": f"Hi, I am {uuid.uuid4()}"}]}
     return httpx.post(f"{gateway.url}/v1/route", json=body).json()
 
 

@@ -132,7 +132,9 @@ REQUESTS: dict[str, tuple[Callable[[bytes], object], st.SearchStrategy[Any]]] = 
     ),
     "FeedbackRequest": (
         parse_feedback,
-        st.fixed_dictionaries({}, optional={"id": JSON, "good": JSON, "comment": JSON, "other": JSON}),
+        st.fixed_dictionaries(
+            {}, optional={"id": as_often(st.just("1")), "good": as_often(st.booleans()), "comment": JSON, "other": JSON}
+        ),
     ),
 }
 
@@ -197,9 +199,9 @@ def check(path: str, method: str, response: httpx.Response) -> None:
     """The answer is one that the document tells of."""
     described = DOCUMENT["paths"][path][method]["responses"][str(response.status_code)]
     kind = response.headers["content-type"].split(";")[0]
-    schema = described["content"][kind]["schema"]
+    content = described["content"][kind]
     if kind == "application/json":
-        Draft202012Validator({**schema, "components": DOCUMENT["components"]}).validate(response.json())
+        Draft202012Validator({**content["schema"], "components": DOCUMENT["components"]}).validate(response.json())
     for name, header in described.get("headers", {}).items():
         if name in response.headers:
             Draft202012Validator(header["schema"]).validate(response.headers[name])

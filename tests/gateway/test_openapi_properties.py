@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from gateway.openapi import DOCUMENT
 from tests.conftest import Server, StartGateway, Tree, models
 
 schemathesis = pytest.importorskip("schemathesis", reason="comes with the test extra")
@@ -29,9 +30,12 @@ CHECKS = [
 ]
 
 
+schema = schemathesis.openapi.from_dict(DOCUMENT)
+
+
 @pytest.fixture(scope="module")
-def document(stub: Server, stub_triton: Tree, start_gateway: StartGateway) -> Any:
-    gateway = start_gateway(
+def gateway(stub: Server, stub_triton: Tree, start_gateway: StartGateway) -> Server:
+    return start_gateway(
         {
             "triton": stub_triton,
             "models": models(stub.url),
@@ -39,15 +43,11 @@ def document(stub: Server, stub_triton: Tree, start_gateway: StartGateway) -> An
             "semantic_cache": {"backend_type": "memory"},
         }
     )
-    return schemathesis.openapi.from_url(f"{gateway.url}/openapi.json")
-
-
-schema = schemathesis.pytest.from_fixture("document")
 
 
 @schema.parametrize()
 @settings(max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-def test_every_answer_is_one_of_those_described(case: Any) -> None:
+def test_every_answer_is_one_of_those_described(gateway: Server, case: Any) -> None:
     if isinstance(case.body, dict) and isinstance(case.body.get("model"), str) and case.path != "/v1/embeddings":
         case.body["model"] = "auto"  # any other name is unknown, and no more is seen of the body
-    case.call_and_validate(checks=CHECKS, timeout=60)
+    case.call_and_validate(base_url=gateway.url, checks=CHECKS, timeout=60)

@@ -89,7 +89,7 @@ def outcome(response: httpx.Response) -> str:
 
 def test_aliases_are_models_that_can_be_asked_for(gateway: Server) -> None:
     listed = [model["id"] for model in httpx.get(f"{gateway.url}/v1/models").json()["data"]]
-    assert listed == ["auto", "auto-cheap", "auto-brief", "auto-seeing", "smollm2-small", "smollm2-large"]
+    assert listed == ["auto", "auto-brief", "auto-cheap", "auto-seeing", "smollm2-small", "smollm2-large"]
     assert httpx.get(f"{gateway.url}/v1/models/auto-cheap").json()["owned_by"] == "fingerpost"
     assert described(gateway, LONG)["model"] == "smollm2-large"
     assert described(gateway, LONG, model="auto-cheap")["model"] == "smollm2-small"
@@ -147,7 +147,8 @@ def test_what_a_harness_adds_does_not_decide(gateway: Server, stub: Server) -> N
     assert sent(stub)["messages"] == [{"role": "user", "content": text}]
 
 
-def test_the_cache_compares_what_came_and_not_what_was_read(gateway: Server) -> None:
+def test_the_cache_compares_what_came_and_not_what_was_read(start: Any) -> None:
+    gateway = start({})
     assert outcome(chat(gateway.url, f"Which noise? {NOISE}")) == "miss"
     assert outcome(chat(gateway.url, "Which noise?")) == "miss"
     assert outcome(chat(gateway.url, f"Which noise? {NOISE}")) == "hit-exact"

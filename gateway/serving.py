@@ -77,6 +77,8 @@ class Server(uvicorn.Server):
             busy = sum(connection.is_busy for connection in self._connections)
             log.info("told to stop; %d requests are under way", busy)
         self._lasting.draining = self.should_exit = True
+        for connection in self._connections:
+            connection.shutdown()
 
     def stop_or_end(self) -> None:
         """Stop; when told so before, end now, whatever that breaks off."""

@@ -117,6 +117,7 @@ class Stub:
             while True:
                 self.flooded += len(frame)
                 yield frame
+                await asyncio.sleep(0)  # a reader as fast as this would leave nobody else a turn
         finally:
             self.abandoned += 1
 

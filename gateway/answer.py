@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ def response_id(payload: bytes) -> str | None:
     return found[1].decode() if found else None
 
 
-def telling(fields: dict[str, Any]) -> dict[str, Any]:
+def telling(fields: Mapping[Any, Any]) -> dict[str, Any]:
     """The fields of a message or a delta that say something."""
     return {key: value for key, value in fields.items() if value not in (None, [], "")}
 

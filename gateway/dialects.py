@@ -7,7 +7,7 @@ one text, ended by the model itself. No entry is shared between two forms.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,7 +158,7 @@ def from_response(raw: bytes) -> Answer | None:
     return _response(_loaded(raw))
 
 
-def _response(response: object) -> Answer | None:
+def _response(response: Any) -> Answer | None:
     """The answer in a response object. Its `message` is all of the object."""
     match response:
         case {
@@ -321,7 +321,7 @@ class MessageAssembly(Assembly):
                 return False
         return True
 
-    def _add_pieces(self, pieces: Body) -> bool:
+    def _add_pieces(self, pieces: Mapping[Any, Any]) -> bool:
         """Add to the fields of the newest block; False when it is not text."""
         for key, value in pieces.items():
             self._blocks[-1].setdefault(key, []).append(value)
@@ -339,8 +339,8 @@ def message(answer: Answer, new: Identity) -> bytes:
 
 
 def _blocks(answer: Answer) -> list[Body]:
-    thinking = {key: answer.message[key] for key in ("thinking", "signature") if key in answer.message}
-    before = [{"type": "thinking", **thinking}] if thinking else []
+    thinking: Body = {key: answer.message[key] for key in ("thinking", "signature") if key in answer.message}
+    before: list[Body] = [{"type": "thinking", **thinking}] if thinking else []
     return [*before, {"type": "text", "text": answer.message["content"]}]
 
 

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from contextlib import AbstractAsyncContextManager
+from typing import Any, cast
 
 from starlette.applications import Starlette
 from starlette.routing import Router
@@ -36,7 +37,8 @@ class Generation:
         self._idle.set()
 
     async def open(self) -> None:
-        self._state = await self._opened.enter_async_context(self._app.router.lifespan_context(self._app)) or {}
+        lifespan = cast(AbstractAsyncContextManager[Mapping[str, Any]], self._app.router.lifespan_context(self._app))
+        self._state = await self._opened.enter_async_context(lifespan) or {}
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"].update(self._state)

@@ -82,7 +82,7 @@ class Metrics:
         )
 
     def exposition(self) -> bytes:
-        collector = MultiProcessCollector(None, str(self._folder)) if self._folder else self.registry
+        collector = _collector(self._folder) if self._folder else self.registry
         return generate_latest(_Combined(collector, self._combine))
 
     def clear_parts(self) -> None:
@@ -127,13 +127,18 @@ def _combined(metric: Metric, combine: Combine) -> Metric:
     return combined
 
 
+def _collector(folder: Path) -> Collector:
+    """Of the figures of all processes in a folder."""
+    return MultiProcessCollector(None, str(folder))  # type: ignore[no-untyped-call]
+
+
 def shared(folder: Path, process: str) -> Metrics:
     """Those of one process among several. Who takes the name of a process that has ended goes on with its counts."""
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
-    values.ValueClass = values.MultiProcessValue(lambda: process)  # type: ignore[misc, assignment]
+    values.ValueClass = values.MultiProcessValue(lambda: process)  # type: ignore[no-untyped-call]
     return Metrics(folder)
 
 
 def forget(folder: Path, process: str) -> None:
     """Of a process that has ended leave out what is only true of one that runs: its gauges."""
-    mark_process_dead(process, str(folder))
+    mark_process_dead(process, str(folder))  # type: ignore[no-untyped-call]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import orjson
@@ -31,7 +31,7 @@ SYSTEM_FIELDS = {RESPONSES: "instructions", MESSAGES: "system"}  # beside the tu
 
 def output_tokens(body: Body, path: str = CHAT) -> int | None:
     """The most tokens that a client asks for, as far as it says so in a number."""
-    lengths = (body.get(name) for name in LENGTHS[path][0])
+    lengths: Iterator[Any] = (body.get(name) for name in LENGTHS[path][0])
     return next((int(length) for length in lengths if _is_number(length) and length > 0), None)
 
 

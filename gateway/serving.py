@@ -101,7 +101,9 @@ class Server(uvicorn.Server):
         log.info("listening on %s port %d", listen.host, listen.port)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for each in (*self.servers, *(sockets or [])):
+        for server in self.servers:
+            server.close()
+        for each in sockets or []:
             each.close()
         seconds = self._application.config.listen.drain_seconds
         try:

@@ -430,8 +430,13 @@ HEADS = {
 def test_an_answer_that_is_no_http_is_no_500(client: httpx.Client, head: str) -> None:
     received = ask(client, {"head": head, "pieces": [], "end": "close"})
     assert received.status in (200, 204, 302, 429, 503, 999), received
-    ended = ask(client, streaming([GOOD_STREAM, DONE]))
-    assert ended == Received(200, GOOD_STREAM + DONE, is_whole=True)
+
+    def is_well() -> bool:
+        return ask(client, streaming([GOOD_STREAM, DONE])) == Received(200, GOOD_STREAM + DONE, is_whole=True)
+
+    if received.status == 429:  # the endpoint is left alone for a moment
+        wait_until("the endpoint to have rested", is_well, SECONDS)
+    assert is_well()
 
 
 def peak(server: Server) -> int:
@@ -462,7 +467,7 @@ def test_what_never_ends_is_ended(gateway: Server, flood: Tree) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         for received in pool.map(lambda _: drown(), range(8)):
-            assert received.status == 503 or (received.status == 200 and not received.is_whole), received.status
+            assert received.status in (503, 504) or (received.status == 200 and not received.is_whole), received.status
     assert peak(gateway) - before < MEMORY_BYTES
 
 

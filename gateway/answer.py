@@ -171,6 +171,45 @@ def is_usage_only(payload: bytes) -> bool:
     return b'"choices":[]' in payload.replace(b" ", b"") and b'"usage"' in payload
 
 
+class Passing:
+    """A stream as it goes to the client: all of it, or, where only the gateway asked for its usage, all but that.
+
+    vLLM puts its `system_fingerprint` into the last chunk: of the answer when no usage follows, else of the usage. So
+    the chunk that ends the answer is held until the next one comes.
+    """
+
+    def __init__(self, *, keep_usage: bool) -> None:
+        self._keep_usage = keep_usage
+        self._held = b""
+
+    def feed(self, frame: bytes, payload: bytes) -> bytes:
+        """What goes to the client now that this event has come."""
+        if self._keep_usage:
+            return frame
+        held, self._held = self._held, b""
+        if is_usage_only(payload):
+            return _with_fingerprint(held, payload)
+        if _ENDING.search(payload):
+            self._held = frame
+            return held
+        return held + frame
+
+    def flush(self) -> bytes:
+        """What is held when the stream ends."""
+        held, self._held = self._held, b""
+        return held
+
+
+_ENDING = re.compile(rb'"finish_reason":\s?"')
+_FINGERPRINT = re.compile(rb',\s?"system_fingerprint":\s?"[^"\\]*"')
+
+
+def _with_fingerprint(frame: bytes, usage: bytes) -> bytes:
+    """The event with the fingerprint that the usage chunk names."""
+    end, found = frame.rfind(b"}"), _FINGERPRINT.search(usage)
+    return frame if found is None or end < 0 or _FINGERPRINT.search(frame) else frame[:end] + found[0] + frame[end:]
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """What tells one replay of an answer from another."""

@@ -286,6 +286,7 @@ class Chat:
         A usage chunk that the gateway asked for and the client did not is left out.
         """
         splitter, assembly, finished = sse.FrameSplitter(), call.form.assembly(), False
+        passing = answers.Passing(keep_usage=keep_usage)
         response_id: str | None = None
         try:
             async for chunk in reply.chunks():
@@ -294,25 +295,18 @@ class Chat:
                     raise UpstreamBroken(f"an event is longer than {MAX_FRAME_BYTES} bytes")
                 if response_id is None and (response_id := answers.response_id(b"".join(frames))):
                     self._remember(call, response_id, route.model.name, None)
-                kept = [frame for frame in frames if self._keep(call, frame, assembly, keep_usage=keep_usage)]
+                kept = b"".join([_read(call, frame, assembly, passing) for frame in frames])
                 if assembly.done and not finished:  # before the client sees it, who may leave or ask again at once
                     finished = True
                     key = self._finish(call, route, assembly.answer(), store=store)
                     self._remember(call, response_id, route.model.name, key)
                 if kept:
-                    yield b"".join(kept)
+                    yield kept
         except UpstreamBroken as error:
             log.warning("%s: model %s broke off a stream: %s", call.id, route.model.name, error)
+            yield passing.flush()
             raise
-        if rest := splitter.flush():
-            yield rest
-
-    @staticmethod
-    def _keep(call: Call, frame: bytes, assembly: answers.Assembly, *, keep_usage: bool) -> bool:
-        payload = sse.data(frame)
-        call.admission.read(payload)
-        assembly.add(payload)
-        return keep_usage or not answers.is_usage_only(payload)
+        yield passing.flush() + splitter.flush()
 
     def _finish(self, call: Call, route: Route, answer: Answer | None, *, store: bool) -> str | None:
         """Account for a generated answer, and store it if it is whole and may be; its key in the cache if so."""
@@ -351,6 +345,14 @@ class Chat:
         if model := self._config.model(entry.origin.model):
             saved = sum(count * price for _, count, price in _bill(model, entry.answer))
             self._metrics.saved.labels(model.name).inc(saved / 1e6)
+
+
+def _read(call: Call, frame: bytes, assembly: answers.Assembly, passing: answers.Passing) -> bytes:
+    """Read an event of the stream; what goes to the client now."""
+    payload = sse.data(frame)
+    call.admission.read(payload)
+    assembly.add(payload)
+    return passing.feed(frame, payload)
 
 
 def _changed(call: Call, changes: Overrides) -> Call:

@@ -44,7 +44,7 @@ told.usage = whole.usage.total_tokens;
 told.chat_stream = await joined(await chat({ ...hello, stream: true }), (chunk) => chunk.choices[0]?.delta.content);
 
 const tools = { messages: user("Paint the wall blue."), tools: [paint], tool_choice: "required" };
-const called = { ...tools, parallel_tool_calls: false, max_tokens: 48 };
+const called = { ...tools, parallel_tool_calls: false, max_tokens: 64 };
 told.tool = (await chat(called)).choices[0].message.tool_calls[0].function.arguments;
 told.tool_stream = await joined(
   await chat({ ...called, stream: true }),

@@ -91,7 +91,8 @@ def test_chat_stream(client: Any) -> None:
 
 
 def test_chat_helper_for_streams(client: Any) -> None:
-    asked = {"messages": user("Say hi to me."), "stop": [" "], "max_tokens": 8}  # it takes no answer that is cut short
+    question = user("Which colour has the sea? Answer as JSON.")
+    asked = {"messages": question, "response_format": SCHEMA, "max_tokens": 48}  # it takes no answer that is cut short
     with client.chat.completions.stream(model=SMALL, **asked, **STILL) as stream:
         kinds = {event.type for event in stream}
         whole = stream.get_final_completion()

@@ -42,6 +42,11 @@ class _Loader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)  # of merge keys, each of which may be many times what it merges
+        if len(node.value) > MAX_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, "merges too many values", node.start_mark)
+
 
 def read(path: Path, key: str = "") -> dict[str, object]:
     """The mapping in a YAML file, environment variables filled in; `key` is what named the file, if one did."""

@@ -213,6 +213,9 @@ def _probable(given: Range) -> Range:
     return given
 
 
+MOST_NESTED = 16  # conditions in each other
+
+
 class Condition(Section):
     """All that is given must hold; of each list, one. What `all`, `any` and `not` hold are conditions again."""
 
@@ -238,7 +241,14 @@ class Condition(Section):
             raise ValueError(f"needs at least one of {', '.join(names)}")
         if self.min_confidence is not None and not self.category:
             raise ValueError("min_confidence goes with category")
+        if self._depth > MOST_NESTED:
+            raise ValueError(f"conditions are nested more than {MOST_NESTED} deep")
         return self
+
+    @property
+    def _depth(self) -> int:
+        inner = (*self.all, *self.any, *((self.negated,) if self.negated else ()))
+        return 1 + max((condition._depth for condition in inner), default=0)
 
     def parts(self, key: str) -> Iterator[tuple[str, Condition]]:
         """Itself, which stands under `key`, and all the conditions in it, each with its own key."""

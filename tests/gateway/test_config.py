@@ -958,6 +958,20 @@ def test_rules_that_need_no_condition(rule: dict[str, Any]) -> None:
     assert config.policy.rules[0].name == "r"
 
 
+def test_a_condition_in_too_many_others_is_refused() -> None:
+    nested: dict[str, Any] = {"keywords": ["x"]}
+    for _ in range(15):
+        nested = {"not": nested}
+    assert load_text(with_rule({"when": nested, "model": "large"}))
+    (problem,) = problems(with_rule({"when": {"all": [nested]}, "model": "large"}))
+    assert "nested more than 16 deep" in problem
+
+
+def test_merge_keys_cannot_fill_the_memory() -> None:
+    levels = [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 12)]
+    assert "merges too many values" in problems("\n".join(["a0: &a0 {x: 1, y: 2}", *levels]))[0]
+
+
 def test_a_condition_nested_without_end_is_refused() -> None:
     nested: dict[str, Any] = {"keywords": ["x"]}
     for _ in range(300):

@@ -88,7 +88,7 @@ vllm: .venv-vllm/done
 .venv/tests: .venv/done
 	@echo 'installing what the tests need'
 	@$(PY) $(PIP_INSTALL) $(PINNED) --editable '.[test]'
-	@if command -v npm >/dev/null; then npm install --no-save --no-package-lock --no-audit --no-fund openai@7; fi \
+	@if command -v npm >/dev/null; then npm install --prefix . --no-save --no-package-lock --no-audit --no-fund openai@6; fi \
 		|| echo 'npm cannot install openai: its client for Node is left out of the tests'
 	@touch $@
 

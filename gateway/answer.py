@@ -27,19 +27,6 @@ class Answer:
     finish_reason: str  # as its form calls the end that the model itself chose
     usage: dict[str, Any] | None
 
-    @property
-    def prompt_tokens(self) -> int | None:
-        """As vLLM counted them, whatever the form calls them."""
-        return self._counted("prompt_tokens", "input_tokens")
-
-    @property
-    def completion_tokens(self) -> int | None:
-        return self._counted("completion_tokens", "output_tokens")
-
-    def _counted(self, *names: str) -> int | None:
-        counts = [(self.usage or {}).get(name) for name in names]
-        return next((count for count in counts if isinstance(count, int)), None)
-
 
 def from_completion(raw: bytes) -> Answer | None:
     """The answer in the body of a chat.completion; None when it is not whole."""

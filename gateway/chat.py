@@ -26,6 +26,7 @@ from gateway.request import CacheControl, ChatRequest, question_key, upstream_bo
 from gateway.tenants import Admission
 from gateway.triton import Reading, Router
 from gateway.upstream import Reply, Upstream, UpstreamBroken
+from gateway.usage import by_kind
 
 log = logging.getLogger("fingerpost")
 
@@ -261,6 +262,7 @@ class Chat:
         reply.close()
         call.admission.read(reply.body)
         if reply.status == 200:
+            self._count_tokens(route.model, call.admission.usage)
             key = self._finish(call, route, call.form.whole(reply.body), store=store)
             self._remember(call, answers.response_id(reply.body), route.model.name, key)
         return Response(reply.body, status_code=reply.status, headers=headers)
@@ -298,6 +300,7 @@ class Chat:
                 kept = b"".join([_read(call, frame, assembly, passing) for frame in frames])
                 if assembly.done and not finished:  # before the client sees it, who may leave or ask again at once
                     finished = True
+                    self._count_tokens(route.model, call.admission.usage)
                     key = self._finish(call, route, assembly.answer(), store=store)
                     self._remember(call, response_id, route.model.name, key)
                 if kept:
@@ -306,14 +309,14 @@ class Chat:
             log.warning("%s: model %s broke off a stream: %s", call.id, route.model.name, error)
             yield passing.flush()
             raise
+        finally:
+            if not finished:
+                self._count_tokens(route.model, call.admission.usage)
         yield passing.flush() + splitter.flush()
 
     def _finish(self, call: Call, route: Route, answer: Answer | None, *, store: bool) -> str | None:
-        """Account for a generated answer, and store it if it is whole and may be; its key in the cache if so."""
-        if answer is None:
-            return None
-        self._count_tokens(route.model, answer)
-        if self._cache is None or route.reading is None or not store:
+        """Store a generated answer if it is whole and may be; its key in the cache if so."""
+        if answer is None or self._cache is None or route.reading is None or not store:
             return None
         self._cache.put(
             Entry(
@@ -334,8 +337,8 @@ class Chat:
         text = turns[-1].read if turns else ""
         self._feedback.remember(call.tenant, (call.id, id), model=model, key=key, text=text)
 
-    def _count_tokens(self, model: Model, answer: Answer) -> None:
-        for kind, count, price in _bill(model, answer):
+    def _count_tokens(self, model: Model, usage: Mapping[str, int]) -> None:
+        for kind, count, price in _bill(model, usage):
             self._metrics.tokens.labels(model.name, kind).inc(count)
             self._metrics.cost.labels(model.name).inc(count * price / 1e6)
 
@@ -343,7 +346,7 @@ class Chat:
         self._metrics.cache.labels(outcome).inc()
         self._metrics.first_byte_seconds.labels(outcome).observe(time.perf_counter() - call.started)
         if model := self._config.model(entry.origin.model):
-            saved = sum(count * price for _, count, price in _bill(model, entry.answer))
+            saved = sum(count * price for _, count, price in _bill(model, entry.answer.usage or {}))
             self._metrics.saved.labels(model.name).inc(saved / 1e6)
 
 
@@ -381,11 +384,10 @@ def check_model(config: Config, name: str, admission: Admission) -> None:
     admission.check_model(name)
 
 
-def _bill(model: Model, answer: Answer) -> list[tuple[str, int, float]]:
-    """(kind, tokens, price of a million) of an answer; empty when its usage is not known."""
-    price = model.price_per_million_tokens
-    counts = [("prompt", answer.prompt_tokens, price.input), ("completion", answer.completion_tokens, price.output)]
-    return [(kind, count, each) for kind, count, each in counts if count is not None]
+def _bill(model: Model, usage: Mapping[str, object]) -> list[tuple[str, int, float]]:
+    """(kind, tokens, price of a million) of an answer, as far as its usage is known."""
+    prices = {"prompt": model.price_per_million_tokens.input, "completion": model.price_per_million_tokens.output}
+    return [(kind, count, prices[kind]) for kind, count in by_kind(usage).items()]
 
 
 def _headers(call: Call, outcome: str, origin: Origin) -> dict[str, str]:

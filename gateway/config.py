@@ -552,7 +552,7 @@ def _inconsistencies(config: Config) -> Iterator[tuple[str, object, str]]:
     names = [model.name for model in config.models]
     yield from _exposed(config)
     yield from _misfits(config, [*config.aliases, *names, EMBEDDER])
-    yield from _repeated("models", names, taken=(AUTO, *config.aliases))
+    yield from _repeated("models", names, taken=(AUTO, EMBEDDER, *config.aliases))
     for i, model in enumerate(config.models):
         yield from _unusable(f"models[{i}]", model, names)
     yield from _unusable_policies(config, names)

@@ -18,6 +18,7 @@ from gateway import sse
 from gateway.answer import Answer, Assembly, ChunkAssembly, Identity
 from gateway.errors import BadRequest
 from gateway.request import Body, View, beside, chat_view, checked_messages, typed
+from gateway.usage import by_kind
 
 # What an answer says of the one generation it came from.
 PASSING_FIELDS = ("metrics", "kv_transfer_params", "ec_transfer_params")
@@ -277,7 +278,7 @@ def from_message(raw: bytes) -> Answer | None:
 def _message(model: str, blocks: list[Any], usage: Body) -> Answer | None:
     told = _told(blocks)
     answer = answers.whole(model, told, usage, "end_turn") if told else None
-    counted = answer is not None and answer.prompt_tokens is not None and answer.completion_tokens is not None
+    counted = answer is not None and len(by_kind(answer.usage or {})) == 2
     return answer if counted else None  # a message without its usage is none that a client takes
 
 

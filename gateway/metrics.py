@@ -47,12 +47,12 @@ class Metrics:
         self.requests = counter("requests", "HTTP requests", ["route", "status"])
         self.ended = counter("connections_ended", "Connections that the gateway ended, by reason", ["reason"])
         self.tenant_requests = counter(
-            "tenant_requests", "Requests by tenant, admitted or why not", ["tenant", "outcome"]
+            "tenant_requests", "Requests by tenant, admitted or why they were not let in", ["tenant", "outcome"]
         )
         self.tenant_tokens = counter("tenant_tokens", "Tokens generated upstream for a tenant", ["tenant"])
-        self.cache = counter("cache_outcomes", "Chat requests by what the cache did", ["outcome"])
+        self.cache = counter("cache_outcomes", "Requests for an answer by what the cache did", ["outcome"])
         self.stores = counter("cache_stores", "Answers by whether Milvus took them", ["outcome"])
-        self.routed = counter("routed", "Chat requests sent to a model, by rule", ["rule", "model"])
+        self.routed = counter("routed", "Requests sent to a model, by rule", ["rule", "model"])
         self.categories = counter("categories", "Prompts read, by category", ["category"])
         self.degradations = counter("degradations", "Steps left out because a part did not answer", ["part"])
         endpoint = ["model", "endpoint"]

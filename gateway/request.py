@@ -242,7 +242,7 @@ def _not_one_text(body: Body) -> str | None:
     return None
 
 
-_REQUEST_ID = re.compile(r"[\w.-]{1,128}")
+_REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 
 
 def is_request_id(value: str | None) -> bool:

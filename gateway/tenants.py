@@ -9,16 +9,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
-import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
-
-import orjson
+from collections.abc import Callable, Iterable, MutableSequence, Sequence
 
 from gateway.config import Tenant
 from gateway.errors import LimitReached, ModelNotAllowed, Unauthenticated
 from gateway.tally import REQUESTS, TOKENS, Alone, Tally
+from gateway.usage import total, usage
 
 KEY_PREFIX = "fp-"
 KEY_BYTES = 32  # of randomness: a digest of it cannot be searched for
@@ -162,7 +160,7 @@ class Admission:
         self._account = account
         self._counted = counted
         self._pieces = 0  # of the answer, each about a token in a stream
-        self._usage: dict[str, int] = {}
+        self.usage: dict[str, int] = {}  # as the answer tells it
         self.tokens = 0  # reserved, or spent once that is known
 
     @property
@@ -196,17 +194,14 @@ class Admission:
 
     def read(self, piece: bytes) -> None:
         """Learn what the answer takes from an event of a stream, or from the whole of it."""
-        if self._account.tenant is None:
-            return
         self._pieces += 1
-        if _USAGE.search(piece):
-            self._usage |= usage(piece)
+        self.usage |= usage(piece)
 
     def end(self, *, failed: bool) -> None:
         if failed:
             self.spent(0)
         elif self._pieces:
-            self.spent(total(self._usage) or self.tokens + self._pieces)
+            self.spent(total(self.usage) or self.tokens + self._pieces)
         if self._counted:
             self._account.leave()
 
@@ -238,39 +233,6 @@ class Tenants:
         if not found:
             raise Unauthenticated("the API key is not one of this gateway's")
         return found[0]
-
-
-_USAGE = re.compile(rb'"usage"\s*:\s*\{')
-_PROMPT = ("prompt_tokens", "input_tokens")
-_ANSWER = ("completion_tokens", "output_tokens")
-
-
-def usage(piece: bytes) -> dict[str, int]:
-    """The figures under `usage` in an answer or an event of any of the APIs; empty when there are none.
-
-    Anthropic's first event has them under `message`, where those of the answer, which has only begun, are left out.
-    """
-    try:
-        body = orjson.loads(piece)
-    except orjson.JSONDecodeError:
-        return {}
-    if not isinstance(body, dict):
-        return {}
-    begun = {name: count for name, count in _figures(body.get("message")).items() if name in _PROMPT}
-    return begun or _figures(body) or _figures(body.get("response"))
-
-
-def _figures(holder: object) -> dict[str, int]:
-    if isinstance(holder, dict) and isinstance(told := holder.get("usage"), dict):
-        return {name: count for name, count in told.items() if type(count) is int and count >= 0}
-    return {}
-
-
-def total(figures: Mapping[str, int]) -> int:
-    """Tokens of prompt and answer, in OpenAI's words or in Anthropic's; 0 while those of the answer are not told."""
-    if figures.keys().isdisjoint(("total_tokens", *_ANSWER)):
-        return 0
-    return figures.get("total_tokens") or sum(figures.get(name, 0) for name in (*_PROMPT, *_ANSWER))
 
 
 def duration(seconds: float) -> str:

@@ -127,7 +127,10 @@ def with_lora(trunk: PreTrainedModel) -> nn.Module:
 
 
 def merged(classifier: Classifier) -> Classifier:
-    """`classifier` with the low-rank updates added into the weights they update: plain layers again, same outputs."""
+    """`classifier` with the low-rank updates added into the weights they update: plain layers again, same outputs.
+
+    In float64: what float32 adds up differs from one process to the next, and the fingerprint would with it.
+    """
     trunk: Any = classifier.trunk
-    classifier.trunk = trunk.merge_and_unload()
+    classifier.trunk = trunk.double().merge_and_unload().float()
     return classifier

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from tests.conftest import Server, StartGateway, Tree, chat, events, models
+from tests.conftest import Server, StartGateway, Tree, chat, events, models, wait_until
 
 Ask = Callable[..., httpx.Response]
 
@@ -281,3 +282,20 @@ def test_with_openais_client(gateway: Server, stub: Server) -> None:
         assert len(client.chat.completions.create(**asked, n=2).choices) == 2
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(**{**asked, "model": "gpt-17"})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fault", ["none", "length", "tool-call"])
+def test_tokens_are_counted_however_an_answer_ends(
+    gateway: Server, stub: Server, ask: Ask, fault: str, stream: bool
+) -> None:
+    def counted() -> list[float]:
+        text = httpx.get(f"{gateway.url}/metrics").text
+        name = 'fingerpost_tokens_total{{kind="{}",model="smollm2-small"}} '
+        found = [re.search(re.escape(name.format(kind)) + r"(\S+)", text) for kind in ("prompt", "completion")]
+        return [float(each[1]) if each else 0.0 for each in found]
+
+    before = counted()
+    httpx.post(f"{stub.url}/stub", json={"fault": fault})
+    assert ask(f"How does it end? {fault} {stream}", stream=stream).status_code == 200
+    wait_until("the tokens to be counted", lambda: counted() == [before[0] + 11, before[1] + 20])

@@ -23,6 +23,7 @@ from gateway.dialects import CHAT, COMPLETIONS, FORMS, MESSAGES, RESPONSES, Form
 from gateway.errors import BadRequest
 from gateway.request import ChatRequest, parse, scope_key
 from gateway.sse import FrameSplitter, data
+from gateway.usage import by_kind
 from tests import stub_forms
 from tests.conftest import Server, StartGateway, Tree, models
 
@@ -79,7 +80,8 @@ def streamed(form: Form, fault: str = "none", text: str = TEXT) -> Answer | None
 
 def counted(answer: Answer | None) -> tuple[int | None, int | None]:
     assert answer is not None
-    return answer.prompt_tokens, answer.completion_tokens
+    figures = by_kind(answer.usage or {})
+    return figures.get("prompt"), figures.get("completion")
 
 
 # What is read

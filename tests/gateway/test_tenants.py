@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from gateway.config import ConfigError, Tenant, load
 from gateway.errors import LimitReached, ModelNotAllowed, Unauthenticated
-from gateway.tenants import Account, Admission, Tenants, digest, duration, matches, new_key, offered_key, total, usage
+from gateway.tenants import Account, Admission, Tenants, digest, duration, matches, new_key, offered_key
+from gateway.usage import total, usage
 from tests.conftest import ROOT, Server, StartGateway, Tree, chat, events, merged, models, shipped, wait_until
 
 Ask = Callable[..., httpx.Response]

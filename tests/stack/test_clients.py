@@ -339,7 +339,7 @@ def node() -> str:
     """Its program, where OpenAI's client for it is installed, too; see docs/dependencies.md."""
     found = shutil.which("node")
     if found is None or not (ROOT / "node_modules/openai").is_dir():
-        pytest.skip("there is no node, or no `npm install --no-save openai` was run")
+        pytest.skip("there is no node, or npm could not install openai")
     return found
 
 

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import limits
+from gateway import conversation, limits
 from gateway.admission import Admitted
 from gateway.cache import Cache, CacheUnavailable
 from gateway.cache.milvus import MilvusCache
@@ -131,7 +131,8 @@ def open_cache(config: Config, contract: Contract, lasting: Lasting) -> Cache | 
 async def answer(form: Form, request: Request) -> Response:
     """An answer in this form."""
     call = await _call(request, form)
-    call.admission.reserve(call.request.prompt_tokens)
+    if call.admission.tenant is not None:
+        call.admission.reserve(conversation.context_tokens(call.request.body))
     return await unless_gone(request, request.state.chat.answer(call))
 
 

@@ -248,6 +248,9 @@ class Chat:
         models, stream = self._models(call, route), call.request.stream
         reply = await self._upstream.send(models, body, call.id, path=call.form.path, stream=stream)
         chosen, route = route.model, replace(route, model=reply.model)
+        store = store and policy.size(route.model) >= policy.size(
+            chosen
+        )  # else a smaller one's answer would outlast it
         self._metrics.routed.labels(route.rule, route.model.name).inc()
         self._metrics.cache.labels(outcome).inc()
         self._metrics.first_byte_seconds.labels(outcome).observe(time.perf_counter() - call.started)

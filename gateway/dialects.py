@@ -44,8 +44,9 @@ class Form:
 def completions_view(body: Body) -> View:
     text, uncacheable = _prompt(body)
     turns = [{"role": "user", "content": text}]
-    end = text[len(text.rstrip()) :]  # the answer goes on after a blank or without one
-    return View(turns, ["completions", end, *beside(body, "prompt", turns)], uncacheable)
+    words = text.strip()
+    blanks = list(text.partition(words)[::2]) if words else [text]  # the answer goes on after a blank or without one
+    return View(turns, ["completions", blanks, *beside(body, "prompt", turns)], uncacheable)
 
 
 def _prompt(body: Body) -> tuple[str, str | None]:

@@ -204,14 +204,14 @@ def _near_the_best(margin: float, chosen: Model, models: Sequence[Model], qualit
 # The conversation and the window
 
 
-def _size(model: Model) -> int:
+def size(model: Model) -> int:
     return SIZES.index(model.size)
 
 
 def _kept(newest: _Choice, earlier: Sequence[_Choice]) -> _Choice:
     """The latest of the choices for earlier turns with the largest model, when that of the newest turn is smaller."""
-    largest = max(reversed(earlier), key=lambda choice: _size(choice.model), default=newest)
-    if _size(largest.model) <= _size(newest.model):
+    largest = max(reversed(earlier), key=lambda choice: size(choice.model), default=newest)
+    if size(largest.model) <= size(newest.model):
         return newest
 
     def why() -> str:
@@ -240,7 +240,7 @@ def _fitting(choice: _Choice, models: Collection[Model], prompt: Prompt) -> _Cho
         return choice
 
     def distance(model: Model) -> tuple[bool, int, tuple[float, float]]:
-        step = _size(model) - _size(chosen)
+        step = size(model) - size(chosen)
         return step < 0, abs(step), _price(model)
 
     fitting = [model for model in models if tokens <= model.context_window]

@@ -237,8 +237,8 @@ def _not_one_text(body: Body) -> str | None:
     wanted = (body.get(key) for key in ("logprobs", "top_logprobs", "prompt_logprobs"))
     if any(value is not None and value is not False for value in wanted):  # 0 asks for them, too
         return "log probabilities are asked for"
-    if body.get("return_token_ids"):
-        return "token ids are asked for"
+    if any(body.get(key) for key in body if key.startswith("return_") or key in ("echo", "kv_transfer_params")):
+        return "more than an answer is asked for"  # the prompt, say, or token ids
     return None
 
 

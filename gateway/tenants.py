@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterable, MutableSequence, Sequence
 
 from gateway.config import Tenant
 from gateway.errors import LimitReached, ModelNotAllowed, Unauthenticated
+from gateway.request import BYTES_PER_TOKEN
 from gateway.tally import REQUESTS, TOKENS, Alone, Tally
-from gateway.usage import total, usage
+from gateway.usage import by_kind, total, usage
 
 KEY_PREFIX = "fp-"
 KEY_BYTES = 32  # of randomness: a digest of it cannot be searched for
+ENVELOPE_BYTES = 200  # of an event, around its text
 BUSY_SECONDS = 1.0  # after which a tenant with too many requests at once may try again
 
 Clock = Callable[[], float]
@@ -159,7 +161,7 @@ class Admission:
     def __init__(self, account: Account, *, counted: bool = False) -> None:
         self._account = account
         self._counted = counted
-        self._pieces = 0  # of the answer, each about a token in a stream
+        self._tokens_read = 0  # of the answer, about
         self.usage: dict[str, int] = {}  # as the answer tells it
         self.tokens = 0  # reserved, or spent once that is known
 
@@ -194,14 +196,15 @@ class Admission:
 
     def read(self, piece: bytes) -> None:
         """Learn what the answer takes from an event of a stream, or from the whole of it."""
-        self._pieces += 1
+        self._tokens_read += max(1, (len(piece) - ENVELOPE_BYTES) // BYTES_PER_TOKEN)
         self.usage |= usage(piece)
 
     def end(self, *, failed: bool) -> None:
         if failed:
             self.spent(0)
-        elif self._pieces:
-            self.spent(total(self.usage) or self.tokens + self._pieces)
+        elif self._tokens_read:
+            prompt = max(self.tokens, by_kind(self.usage).get("prompt", 0))
+            self.spent(total(self.usage) or prompt + self._tokens_read)
         if self._counted:
             self._account.leave()
 

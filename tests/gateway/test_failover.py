@@ -306,6 +306,34 @@ def test_all_are_killed_and_come_back(triton: Tree, start_stub: StartStub, start
     assert chat(gateway.url).status_code == 200
 
 
+def test_an_answer_of_a_smaller_fallback_is_not_stored(
+    triton: Tree, start_stub: StartStub, start_gateway: StartGateway
+) -> None:
+    """The larger model gives its own as soon as it is back."""
+    small, large = start_stub(), start_stub()
+    first, second = shipped()["models"]
+    gateway = start_gateway(
+        {
+            "models": [
+                {**first, "endpoints": [small.url]},
+                {**second, "endpoints": [large.url], "fallback": [first["name"]]},
+            ],
+            "policy": {"rules": [], "default": second["name"]},
+            "triton": triton,
+            "semantic_cache": {"backend_type": "memory"},
+            "upstream": {"health_check": CHECK},
+        }
+    )
+    fail(large, "status-503")
+    for stream in (False, True):
+        asked = chat(gateway.url, "Who answers?", stream=stream)
+        assert (asked.headers["x-fingerpost-model"], asked.headers["x-fingerpost-cache"]) == ("smollm2-small", "miss")
+    fail(large, "none")
+    wait_until("the large model", lambda: chat(gateway.url, "Who?").headers["x-fingerpost-model"] == "smollm2-large")
+    asked = chat(gateway.url, "Who answers?")
+    assert (asked.headers["x-fingerpost-model"], asked.headers["x-fingerpost-cache"]) == ("smollm2-large", "miss")
+
+
 def test_a_stopped_vllm_is_left(triton: Tree, start_stub: StartStub, start_gateway: StartGateway) -> None:
     """It takes connections, as its kernel does, and says nothing."""
     stubs = [start_stub(), start_stub()]

@@ -441,7 +441,14 @@ def test_an_uncacheable_last_message_says_why(content: Any, reason: str) -> None
 
 def test_an_answer_with_token_ids_is_not_cached() -> None:
     """vLLM adds them beside the message; a replay would be without them."""
-    assert parsed(return_token_ids=True).uncacheable is not None
+    for asked in (
+        {"return_token_ids": True},
+        {"echo": True},
+        {"return_prompt_text": True},
+        {"kv_transfer_params": {"a": 1}},
+    ):
+        assert parsed(**asked).uncacheable is not None
+    assert parsed(return_token_ids=False, echo=False).uncacheable is None
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import openai
+import orjson
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -299,7 +300,16 @@ def test_an_answer_that_was_broken_off_is_not_billed_by_what_its_first_event_say
     for _ in range(20):
         admission.read(b'{"type":"content_block_delta","delta":{"type":"text_delta","text":"word"}}')
     admission.end(failed=False)
-    assert admission.tokens == 26
+    assert admission.tokens == 6 + 21
+
+
+def test_an_answer_that_was_broken_off_is_billed_by_its_length(clock: Clock) -> None:
+    """However few events a client has vLLM send it in."""
+    admission = admit(account(clock, tokens_per_minute=1000))
+    admission.reserve(5)
+    admission.read(orjson.dumps({"choices": [{"delta": {"content": "word " * 400}}]}))
+    admission.end(failed=False)
+    assert 400 < admission.tokens < 600
 
 
 # The command
@@ -438,7 +448,9 @@ def test_tokens_per_minute_over_http(ask: Ask, gateway: Server) -> None:
         return metric(gateway, 'fingerpost_tenant_tokens_total{tenant="metered"}')
 
     whole = ask("metered", "How many tokens?")
-    assert int(whole.headers["x-ratelimit-remaining-tokens"]) == 996  # those of the prompt are reserved
+    assert (
+        int(whole.headers["x-ratelimit-remaining-tokens"]) == 993
+    )  # those of the prompt are reserved, and of what is around it
     wait_until("the answer's usage", lambda: spent() == 31)
     n_two = ask("metered", "How many in a stream that is not stored?", stream=True, n=2)
     assert not any(event.get("usage") for event in events(n_two))  # which only the gateway has asked for
@@ -446,9 +458,10 @@ def test_tokens_per_minute_over_http(ask: Ask, gateway: Server) -> None:
     assert ask("metered", "How many tokens?").headers["x-fingerpost-cache"] == "hit-exact"
     assert ask("metered", model="gpt-17").status_code == 404
     assert spent() == 62
-    long = ask("metered", "word " * 1000)
-    assert (long.status_code, long.headers["x-should-retry"]) == (429, "false")
-    assert long.json()["error"]["type"] == "tokens"
+    tools = [{"type": "function", "function": {"name": "f", "description": "word " * 1000}}]
+    for long in (ask("metered", "word " * 1000), ask("metered", "Hi", tools=tools)):
+        assert (long.status_code, long.headers["x-should-retry"]) == (429, "false")
+        assert long.json()["error"]["type"] == "tokens"
 
 
 def test_the_official_client_understands(gateway: Server) -> None:

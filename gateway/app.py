@@ -23,7 +23,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway import conversation, limits
 from gateway.admission import Admitted
 from gateway.cache import Cache, CacheUnavailable
-from gateway.cache.milvus import MilvusCache
 from gateway.chat import Call, Chat, check_model
 from gateway.config import EMBEDDER, Config, Listen, Model
 from gateway.contract import Contract
@@ -118,6 +117,8 @@ def open_cache(config: Config, contract: Contract, lasting: Lasting) -> Cache | 
         return None
     if settings.backend_type == "memory":
         return lasting.memory_cache(config, contract)
+    from gateway.cache.milvus import MilvusCache  # with pymilvus comes pandas: 100 MB of each worker
+
     return MilvusCache(
         config.milvus,
         namespace=contract.embedder,

@@ -193,7 +193,7 @@ def test_the_configuration_names_hosts_and_ports_of_services(services: dict[str,
     known = {name: service for service, settings in services.items() for name in names(service, settings)}
     milvus = config.milvus.connection
     addresses = {config.triton.address, f"{milvus.host}:{milvus.port}"}
-    addresses |= {urlsplit(endpoint).netloc for model in config.models for endpoint in model.endpoints}
+    addresses |= {urlsplit(endpoint.url).netloc for model in config.models for endpoint in model.endpoints}
     addresses |= {services["milvus"]["environment"][name] for name in ("ETCD_ENDPOINTS", "MINIO_ADDRESS")}
     for address in addresses:
         host, _, port = address.partition(":")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -35,6 +36,7 @@ log = logging.getLogger("fingerpost")
 T = TypeVar("T")
 
 TICK_SECONDS = 0.05
+GARBAGE = 10_000  # objects more than before, after which the young are collected
 GOODBYE_SECONDS = 1.0  # for a client to close its side, too, as TLS would have it
 BREAK_OFF_SECONDS = 1.0  # for requests whose connection is closed to see it
 
@@ -97,6 +99,9 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        gc.collect()
+        gc.freeze()  # what is there now stays: a full collection would walk all of it, and hold up whoever waits
+        gc.set_threshold(GARBAGE)
         listen = self._application.config.listen
         log.info("listening on %s port %d", listen.host, listen.port)
 

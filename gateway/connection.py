@@ -1,11 +1,12 @@
 """One client's connection: uvicorn's HTTP/1.1 over httptools, bounded in what a slow or greedy client can hold.
 
-    headers too many or too long          431
+    headers too many or too long          431, as for what frames a body: trailers, extensions of chunks
     a request that does not arrive whole  408
     not HTTP/1.1                          400
     a client that does not read           nothing more is taken from the model; after a while the connection is let go
 
-These requests never reach the application. Each such end of a connection is counted, by its reason.
+These requests never reach the application. Each such end of a connection is counted, by its reason. A request to go on
+in another protocol is served as one without that wish.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import httptools
 import orjson
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from gateway.config import Listen
 from gateway.errors import openai_form
@@ -37,10 +39,11 @@ class Connection(HttpToolsProtocol):
         super().__init__(*arguments, **named)
         self._listen = listen
         self._in_head = False  # a head has begun whose end has not arrived
-        self._head_bytes = 0  # that came after the piece in which the head began
+        self._head_bytes = 0  # that came after the piece in which the head began, or the body last went on
         self._whole = False  # the last request has arrived, body and all
         self._refused = False
         self._last = False  # the next answer is the connection's last
+        self._answered: RequestResponseCycle | None = None  # `cycle` may be of a later request, which waits
         self._arriving: asyncio.TimerHandle | None = None
         self._stuck: asyncio.TimerHandle | None = None
 
@@ -51,14 +54,21 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         self.resume_writing()
+        if self._answered is not None:
+            self._tell(self._answered)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
+        self._unset_keepalive_if_required()
         self._head_bytes += len(data)
-        super().data_received(data)
-        if self._in_head and self._head_bytes > self._listen.max_header_bytes and not self._refused:
+        try:
+            self._parse(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # the latter is of CONNECT
+            if not self._refused:
+                self._refuse(400, "invalid_http", "the request is not valid HTTP/1.1")
+        if self._head_bytes > self._listen.max_header_bytes and not (self._whole or self._refused):
             self._refuse_head()
         if self._whole:
             self._stop_waiting()
@@ -66,30 +76,61 @@ class Connection(HttpToolsProtocol):
         elif self._arriving is None and not self._refused:
             self._await_request()
 
+    def _parse(self, data: bytes) -> None:
+        """A head that asks for another protocol is read again without that; a server may ignore it (RFC 9110, 7.8)."""
+        rest = memoryview(data)
+        while rest:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as upgrade:  # the parser has left out the body
+                rest = rest[upgrade.args[0] :]
+                head = self._head_without_upgrade()
+                self.parser = httptools.HttpRequestParser(self)  # after a `close` the old one would read no further
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+                self.parser.feed_data(head)
+
+    def _head_without_upgrade(self) -> bytes:
+        begin = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        fields = [b"%b: %b" % field for field in self.headers if field[0] != b"upgrade"]
+        return b"\r\n".join([begin, *fields, b"", b""])
+
     # What the parser finds
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head, self._head_bytes, self._whole = True, 0, False
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # trailers are nobody's
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if len(self.headers) > self._listen.max_headers or size > self._listen.max_header_bytes:
             self._refuse_head()
             raise HeadTooLarge  # ends the parsing
+        if self.parser.should_upgrade():
+            return  # `_parse` has it read again
         super().on_headers_complete()
         self._in_head = False
         if self._last:
             self.cycle.keep_alive = False
+        if len(self.pipeline) == 1:
+            self.flow.resume_reading()  # until a second one waits: a client that leaves is not seen without reading
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._whole = True
-        super().on_message_complete()
+        if not self.parser.should_upgrade():
+            self._whole = True
+            super().on_message_complete()
 
-    def send_400_response(self, msg: str) -> None:
-        """The parser has given up."""
-        if not self._refused:
-            self._refuse(400, "invalid_http", "the request is not valid HTTP/1.1")
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     # The answer
 
@@ -170,11 +211,10 @@ class Connection(HttpToolsProtocol):
         self._refuse(431, "headers_too_large", f"more than {most} headers, or more than {size} bytes of them")
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        """Say why, and close. A client that is just being answered only sees the end."""
+        """Say why, and close. A client that is just being answered, or has its answer, only sees the end."""
         self._refused = True
         self._stop_waiting()
-        answering = self.cycle is not None and not self.cycle.response_complete
-        if answering and (self._in_head or self.pipeline or self.cycle.response_started):
+        if self._may_not_answer():
             self._abandon(code)
             return
         self._count(code)
@@ -182,11 +222,23 @@ class Connection(HttpToolsProtocol):
         head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + body)
         if self.cycle is not None:
-            self.cycle.disconnected = True  # the application, which waits for the rest, is told that nobody is there
-            self.cycle.message_event.set()
+            self._tell(self.cycle)
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.loop.call_later(LINGER_SECONDS, self.transport.abort)
+
+    def _may_not_answer(self) -> bool:
+        """Whether what would be written now came into an earlier request's answer, or after this one's."""
+        if self.cycle is None:
+            return False
+        if self._in_head:
+            return not self.cycle.response_complete
+        return self.cycle.response_started or bool(self.pipeline)
+
+    def _tell(self, cycle: RequestResponseCycle) -> None:
+        """Have the application, which waits for the rest or generates, know that nobody is there."""
+        cycle.disconnected = True
+        cycle.message_event.set()
 
     def _abandon(self, reason: str) -> None:
         self._count(reason)

@@ -422,6 +422,153 @@ def test_a_head_that_begins_after_a_body_is_not_taken_for_a_large_one(gateway: S
         assert everything(client).count(b"HTTP/1.1 200 ") == 2
 
 
+def test_a_head_that_begins_after_trailers_is_not_taken_for_a_large_one(gateway: Server) -> None:
+    """Nor are many small chunks, or trailers that are few."""
+    body = chat_body("x" * 10_000)
+    chunks = b"".join(b"1;extension=yes\r\n%c\r\n" % byte for byte in body)
+    first = chunked() + chunks + b"0\r\nX-Trailer: 1\r\n\r\n"
+    second = request(chat_body("Second?"), more="Connection: close\r\n")
+    with connected(gateway) as client:
+        client.sendall(first + second[:20])
+        time.sleep(SECONDS / 4)
+        client.sendall(second[20:])
+        assert everything(client).count(b"HTTP/1.1 200 ") == 2
+
+
+# What frames a body
+
+
+def chunked(path: str = "/v1/chat/completions", *, more: str = "") -> bytes:
+    """The head of a request whose body comes in chunks."""
+    return f"POST {path} HTTP/1.1\r\nHost: gateway\r\nTransfer-Encoding: chunked\r\n{more}\r\n".encode()
+
+
+ENDLESS = {
+    "a trailer": b"0\r\nX-Endless: " + b"v" * 600_000,
+    "trailers": b"0\r\n" + b"X: 1\r\n" * 100_000,
+    "an extension": b"5;endless=" + b"v" * 600_000,
+}
+
+
+@pytest.mark.parametrize("frame", ENDLESS.values(), ids=ENDLESS)
+def test_what_frames_a_body_is_bounded(gateway: Server, frame: bytes) -> None:
+    before = ended(gateway, "headers_too_large")
+    with connected(gateway) as client:
+        client.sendall(chunked() + b"1\r\n{\r\n" + frame)
+        assert status_and_code(everything(client)) == (431, "headers_too_large")
+    assert ended(gateway, "headers_too_large") == before + 1
+
+
+@pytest.mark.parametrize(
+    ("rest", "reason"),
+    [(frame, "headers_too_large") for frame in ENDLESS.values()] + [(b"no size\r\n", "invalid_http")],
+    ids=[*ENDLESS, "not a chunk"],
+)
+def test_a_body_after_its_answer_does_not_get_a_second_one(gateway: Server, rest: bytes, reason: str) -> None:
+    before = ended(gateway, reason)
+    with connected(gateway) as client:
+        client.sendall(chunked("/v1/nothing") + b"1\r\n{\r\n")
+        assert received(client, until=b"}}").startswith(b"HTTP/1.1 404 ")
+        with contextlib.suppress(ConnectionError):
+            client.sendall(rest)
+        assert everything(client) == b""
+    assert ended(gateway, reason) == before + 1
+
+
+def test_trailers_are_not_headers(gateway: Server) -> None:
+    with connected(gateway) as client:
+        head = chunked(more="Connection: close\r\n")
+        body = chat_body("Which headers?")
+        trailers = "".join(f"X-{i}: 1\r\n" for i in range(100)) + "X-Request-Id: of-a-trailer\r\n"
+        client.sendall(head + b"%x\r\n%b\r\n0\r\n" % (len(body), body) + trailers.encode() + b"\r\n")
+        raw = everything(client)
+    assert raw.startswith(b"HTTP/1.1 200 ")
+    assert b"of-a-trailer" not in raw
+
+
+# Requests to go on in another protocol
+
+
+H2C = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\nX-Empty:\r\n"
+
+
+@pytest.mark.parametrize("cut", [None, 0, -1, -2, -3, -4, -30, 5], ids=lambda cut: f"cut at {cut}")
+@pytest.mark.parametrize("chunks", [False, True], ids=["length", "chunks"])
+def test_a_request_for_http_2_is_served_as_http_1(gateway: Server, chunks: bool, cut: int | None) -> None:
+    """As Java's client sends one; in two pieces, cut so far from the end of the head."""
+    asked = request(chat_body("First?"), more=H2C)
+    if chunks:
+        body = chat_body("First?")
+        asked = chunked(more=H2C) + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    pieces = [asked]
+    if cut is not None:
+        place = asked.index(b"\r\n\r\n") + 4 + cut
+        pieces = [asked[:place], asked[place:]]
+    with connected(gateway) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for piece in pieces:
+            client.sendall(piece)
+            time.sleep(0.1)
+        assert b"First?" in received(client, until=b"}}")
+        client.sendall(request(chat_body("Second?")))
+        assert b"Second?" in received(client, until=b"}}")
+
+
+def test_requests_for_http_2_are_answered_in_their_order(gateway: Server) -> None:
+    last = H2C.replace("Upgrade,", "close, Upgrade,")
+    asked = [request(chat_body(f"Number {i}?"), more=H2C if i < 4 else last) for i in range(5)]
+    with connected(gateway) as client:
+        client.sendall(b"".join(asked))
+        raw = everything(client)  # the last one's `close` is heeded
+    assert raw.count(b"HTTP/1.1 ") == raw.count(b"HTTP/1.1 200 ") == 5
+    places = [raw.index(f"Number {i}?".encode()) for i in range(5)]
+    assert places == sorted(places)
+
+
+def test_a_request_for_http_2_of_http_1_0_is_the_last(gateway: Server) -> None:
+    with connected(gateway) as client:
+        client.sendall(request(chat_body("First?"), more=H2C).replace(b"HTTP/1.1", b"HTTP/1.0", 1))
+        raw = everything(client)
+    assert raw.startswith(b"HTTP/1.1 200 ")
+    assert b"First?" in raw
+    assert raw.count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (request(more=H2C + "".join(f"X-{i}: 1\r\n" for i in range(40))), (431, "headers_too_large")),
+        (request(more=H2C + f"X-Long: {'v' * 40_000}\r\n"), (431, "headers_too_large")),
+        (request(chat_body(), more=H2C)[:-5], (408, "request_timeout")),
+        (request(more=H2C)[:-2], (408, "request_timeout")),
+        (chunked(more=H2C) + ENDLESS["a trailer"], (431, "headers_too_large")),
+        (b"CONNECT gateway:80 HTTP/1.1\r\nHost: gateway\r\n" + H2C.encode() + b"\r\n", (400, "invalid_http")),
+    ],
+    ids=["many", "long", "body not whole", "head not whole", "trailer", "connect"],
+)
+def test_a_request_for_http_2_is_bounded_like_others(gateway: Server, raw: bytes, expected: tuple[int, str]) -> None:
+    with connected(gateway) as client:
+        client.sendall(raw)
+        assert status_and_code(everything(client)) == expected
+
+
+# Clients that leave
+
+
+@pytest.mark.parametrize("fault", ["silent", "endless"])
+def test_a_client_that_has_asked_once_more_and_leaves_is_noticed(gateway: Server, stub: Server, fault: str) -> None:
+    fail(stub, fault)
+    before = told(stub)
+    with connected(gateway) as client:
+        client.sendall(request(chat_body("Is anybody there?", stream=fault == "endless")))
+        wait_until("the model to be asked", lambda: len(told(stub)["received"]) > len(before["received"]))
+        client.sendall(request(chat_body("Hello?")))
+        time.sleep(0.2)
+    wait_until("the model to be told", lambda: told(stub)["abandoned"] == before["abandoned"] + 1, 10)
+    fail(stub, "none")
+    assert len(told(stub)["received"]) == len(before["received"]) + 1
+
+
 # Clients that do not read
 
 

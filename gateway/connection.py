@@ -29,20 +29,20 @@ class HeadTooLarge(Exception):
     """More headers, or longer ones, than `listen` allows."""
 
 
-def connections(listen: Callable[[], Listen]) -> Callable[..., Connection]:
+def connections(listen: Callable[[], Listen], is_draining: Callable[[], bool]) -> Callable[..., Connection]:
     """What uvicorn makes its connections with; `listen` says what holds for a new one."""
-    return lambda *arguments, **named: Connection(listen(), *arguments, **named)
+    return lambda *arguments, **named: Connection(listen(), *arguments, is_last=is_draining(), **named)
 
 
 class Connection(HttpToolsProtocol):
-    def __init__(self, listen: Listen, *arguments: Any, **named: Any) -> None:
+    def __init__(self, listen: Listen, *arguments: Any, is_last: bool = False, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._listen = listen
         self._in_head = False  # a head has begun whose end has not arrived
         self._head_bytes = 0  # that came after the piece in which the head began, or the body last went on
         self._whole = False  # the last request has arrived, body and all
         self._refused = False
-        self._last = False  # the next answer is the connection's last
+        self._last = is_last  # the next answer is the connection's last
         self._answered: RequestResponseCycle | None = None  # `cycle` may be of a later request, which waits
         self._arriving: asyncio.TimerHandle | None = None
         self._stuck: asyncio.TimerHandle | None = None

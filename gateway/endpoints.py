@@ -70,7 +70,7 @@ class Endpoint:
     failures: int = 0  # in a row
     ejections: int = 0  # in a row
     ejected_until: float | None = None
-    trials: int = 0  # requests outstanding since it was ejected
+    trials: int = 0  # requests since it was ejected whose answer has not begun
     rests_until: float = -math.inf
     errors: float = 0.0  # the error rate at errors_at
     errors_at: float = 0.0
@@ -241,10 +241,17 @@ class Lease:
         endpoint.trials += self._on_trial
 
     def began(self, kind: Kind | None) -> None:
-        """The first byte of an answer is there; `kind` is None when it tells nothing about the endpoint's speed."""
+        """The first byte of an answer is there, with which a trial is over.
+
+        `kind` is None when it tells nothing about the endpoint's speed.
+        """
         if kind is not None:
             self._endpoints.measured(self.endpoint, kind, self._endpoints.clock() - self._started)
-        if self._on_trial and self.endpoint.ejected_until is not None:
+        if not self._on_trial:
+            return
+        self._on_trial = False
+        self.endpoint.trials -= 1
+        if self.endpoint.ejected_until is not None:
             self._endpoints.reinstate(self.endpoint)
 
     def whole(self) -> None:

@@ -9,6 +9,7 @@
     ├── UnknownAnswer        404  feedback on an answer that is not remembered
     ├── BodyTooLarge         413  more bytes than listen.max_body_bytes
     ├── LimitReached         429  the tenant has had its requests or tokens for now
+    ├── AnswerTooLong        502  a model's answer has more bytes than upstream.max_answer_bytes
     ├── UpstreamUnavailable  503  no endpoint of the chosen model, or of its fallbacks, gives an answer
     ├── PartUnavailable      503  Triton or the cache is down, and the request is for it alone
     └── UpstreamTimeout      504  the endpoint took the request and fell silent, or total_timeout_seconds are over
@@ -24,6 +25,8 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
+
+NOT_AGAIN = MappingProxyType({"x-should-retry": "false"})  # as OpenAI's and Anthropic's clients understand it
 
 
 class ApiError(Exception):
@@ -91,8 +94,15 @@ class LimitReached(ApiError):
     def __init__(self, message: str, *, kind: str, seconds: float | None) -> None:
         super().__init__(message)
         self.type = kind
-        never = {"x-should-retry": "false"}  # as OpenAI's clients understand it
-        self.headers = never if seconds is None else {"Retry-After": str(max(1, math.ceil(seconds)))}
+        self.headers = NOT_AGAIN if seconds is None else {"Retry-After": str(max(1, math.ceil(seconds)))}
+
+
+class AnswerTooLong(ApiError):
+    """The request asks for so much: sent again, here or elsewhere, it would be generated once more for nothing."""
+
+    status = 502
+    code = "answer_too_long"
+    headers = NOT_AGAIN
 
 
 class UpstreamUnavailable(ApiError):

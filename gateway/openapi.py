@@ -269,6 +269,7 @@ REASONS = {
     "413": "more bytes than `listen.max_body_bytes`",
     "429": "the tenant has had its requests or tokens for now; Retry-After says when to ask again",
     "431": "more headers than `listen` allows",
+    "502": "the answer is longer than `upstream.max_answer_bytes`",
     "503": "what the request needs cannot be reached",
     "504": "the model's endpoint took the request and fell silent",
 }
@@ -336,7 +337,7 @@ def generation(summary: str, request: str, answer: str, *, operation: str, error
             "parameters": [{"$ref": f"#/components/parameters/{name}"} for name in PARAMETERS],
             "responses": {
                 "200": {"description": "the answer", "headers": HEADERS, "content": content},
-                **errors(f"{_REFUSED} 404 504", {"anyOf": [ref(error), theirs]}),
+                **errors(f"{_REFUSED} 404 502 504", {"anyOf": [ref(error), theirs]}),
                 "default": {"description": "what the model's endpoint answered, as it answered it"},
             },
         }

@@ -1,6 +1,7 @@
 """The configuration, read at start and again on HUP.
 
 invalid, or with another value of what is fixed  ──> refused: said in the log, counted; the one before stays
+valid, but its clients cannot be made            ──> failed: the same, by all workers where there are several
 valid                                            ──> in force for requests from now on
 """
 

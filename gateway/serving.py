@@ -48,7 +48,7 @@ class Server(uvicorn.Server):
         listen = application.config.listen
         config = uvicorn.Config(
             application,
-            http=connections(lambda: application.config.listen),  # type: ignore[arg-type]
+            http=connections(lambda: application.config.listen, lambda: lasting.draining),  # type: ignore[arg-type]
             ws="none",
             lifespan="on",
             proxy_headers=False,

@@ -3,7 +3,8 @@
 Nothing has been sent to the client until `Upstream.send` returns. Until then an endpoint that cannot be reached, breaks
 off before its first byte, or answers with one of `upstream.retry_statuses` is passed over for another one. After a
 time-out the request may be half generated there (closing the connection tells vLLM to stop), and another endpoint would
-generate it a second time: `upstream.timeout_retry_share` of a model's requests at most get that, the others fail.
+generate it a second time: `upstream.timeout_retry_share` of a model's requests at most get that, the others fail. An
+answer that is too long is the request's doing: no other endpoint is asked, and none has failed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from gateway import config, sse
 from gateway.endpoints import Address, Allowance, Endpoint, Endpoints, Figures, Kind, Lease, State
-from gateway.errors import ApiError, UpstreamTimeout, UpstreamUnavailable
+from gateway.errors import AnswerTooLong, ApiError, UpstreamTimeout, UpstreamUnavailable
 from gateway.metrics import Metrics
 
 log = logging.getLogger("fingerpost")
@@ -78,12 +79,15 @@ class Reply:
         self._is_late = False
 
     async def begin(self, max_bytes: int) -> None:
-        """Read the first piece of a stream, all of another answer. Raises `UpstreamBroken` and what is FOREIGN."""
+        """Read the first piece of a stream, all of another answer.
+
+        Raises `AnswerTooLong`, `UpstreamBroken` and what is FOREIGN.
+        """
         content = self._response.content
         if self.status not in STATUSES:
             raise UpstreamBroken(f"status {self.status} is none that answers a request")
         if not self.is_stream:
-            self.body = await _all(content, max_bytes)
+            self.body = await self._all(content, max_bytes)
             return
         self._first = await content.readany()
         if not self._first:
@@ -117,6 +121,17 @@ class Reply:
             self._end.cancel()
         self._response.close()
         self._lease.given_up()
+
+    async def _all(self, content: aiohttp.StreamReader, max_bytes: int) -> bytes:
+        body = bytearray()
+        async for chunk in content.iter_any():
+            body += chunk
+            if len(body) > max_bytes:
+                words = "is longer than upstream.max_answer_bytes"
+                if self.status >= 500:  # the endpoint's own words, which no request asks for
+                    raise UpstreamBroken(f"its answer {words}")
+                raise AnswerTooLong(f"the answer of model {self.model.name!r} {words} ({max_bytes}); ask for less")
+        return bytes(body)
 
     def _break_off(self) -> None:
         self._is_late = True
@@ -174,7 +189,8 @@ class Upstream:
         """Post to the endpoints of the first model, then to those of the next, until one answers.
 
         An endpoint that is not well is asked when nothing else answers. When none does, the reply is the last refusal.
-        Raises `UpstreamUnavailable` without one, `UpstreamTimeout` when an endpoint took the request and fell silent.
+        Raises `UpstreamUnavailable` without one, `UpstreamTimeout` when an endpoint took the request and fell silent,
+        `AnswerTooLong`.
         """
         deadline = asyncio.get_running_loop().time() + self._settings.total_timeout_seconds
         second_tries = self._endpoints[models[0].name].second_tries
@@ -241,7 +257,10 @@ class Upstream:
         return None
 
     async def _try(self, search: _Search, model: config.Model, endpoint: Endpoint) -> Reply | None:
-        """The endpoint's answer; None when another one may be asked. Raises `UpstreamTimeout` when none may."""
+        """The endpoint's answer; None when another one may be asked.
+
+        Raises `UpstreamTimeout` and `AnswerTooLong` when none may.
+        """
         endpoints, limit = self._endpoints[model.name], search.time_left()
         search.tried.add(endpoint)
         lease = endpoints.take(endpoint)
@@ -250,6 +269,9 @@ class Upstream:
             undo.callback(lease.given_up)
             try:
                 reply = await self._exchange(search, model, lease, failed, limit)
+            except AnswerTooLong as error:
+                log.warning("%s: %s: %s", search.request_id, endpoint.address.url, error)
+                raise
             except (UpstreamBroken, *FOREIGN) as error:
                 failed(_reason(error), _words(error))
                 if isinstance(error, aiohttp.ClientConnectorError):
@@ -265,7 +287,10 @@ class Upstream:
     async def _exchange(
         self, search: _Search, model: config.Model, lease: Lease, failed: Callable[[str, str], None], limit: float
     ) -> Reply:
-        """Post the request and await the beginning of its answer. Raises `UpstreamBroken` and what is FOREIGN."""
+        """Post the request and await the beginning of its answer.
+
+        Raises `AnswerTooLong`, `UpstreamBroken` and what is FOREIGN.
+        """
         url, headers = lease.endpoint.address.url + search.path, _headers(model, search.request_id)
         if search.stream:
             limit = min(limit, self._settings.first_byte_timeout_seconds)
@@ -360,15 +385,6 @@ async def _rested(endpoints: Endpoints, search: _Search) -> Endpoint | None:
         search.patience -= wait
         await asyncio.sleep(wait)
     return endpoint
-
-
-async def _all(content: aiohttp.StreamReader, max_bytes: int) -> bytes:
-    body = bytearray()
-    async for chunk in content.iter_any():
-        body += chunk
-        if len(body) > max_bytes:
-            raise UpstreamBroken("its answer is longer than upstream.max_answer_bytes")
-    return bytes(body)
 
 
 def is_event_stream(content_type: str) -> bool:

@@ -1,8 +1,8 @@
 """One of several workers: `python -m gateway.worker NUMBER BOARD`, which `gateway.workers` runs and nobody else.
 
-Its standard input is a pipe on which it is sent its configuration, and later on every other one. It stops on TERM,
-which may come more than once, and when the pipe ends: nobody would start another worker in its place. INT and HUP,
-which a terminal sends to all, are for the process that started it.
+Its standard input is a socket on which it is sent its configuration, and later on every other one, and says of each
+whether it serves in it. It stops on TERM, which may come more than once, and when the socket is closed: nobody would
+start another worker in its place. INT and HUP, which a terminal sends to all, are for the process that started it.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import sys
 
 from gateway import metrics
 from gateway.generations import Generations
 from gateway.lasting import Lasting
 from gateway.listening import listening
-from gateway.serving import Server, run
+from gateway.serving import TICK_SECONDS, Server, run
 from gateway.siblings import Siblings
 from gateway.tally import Together
-from gateway.workers import metrics_folder, received
+from gateway.workers import FOLLOWED, STAYED, metrics_folder, received
 
 log = logging.getLogger("fingerpost")
 
 
 async def work(number: int, board: int) -> None:
-    orders = await _standard_input()
+    orders, said = await asyncio.open_unix_connection(sock=socket.socket(fileno=sys.stdin.fileno()))
     order = await received(orders)
     if order is None:
         return
@@ -38,7 +39,7 @@ async def work(number: int, board: int) -> None:
     lasting.siblings = Siblings(order.meeting, number, config.listen.workers)
     server = Server(Generations(order.settings, lasting), lasting)
     server.handlers = {signal.SIGTERM: server.stop}
-    following = asyncio.create_task(_follow(orders, server, tallies))
+    following = asyncio.create_task(_follow(orders, said, server, tallies))
     following.add_done_callback(lambda _: server.stop())
     await server.serve(listening(config.listen))
     following.cancel()
@@ -46,19 +47,19 @@ async def work(number: int, board: int) -> None:
         await following
 
 
-async def _standard_input() -> asyncio.StreamReader:
-    reader = asyncio.StreamReader()
-    loop = asyncio.get_running_loop()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    return reader
-
-
-async def _follow(orders: asyncio.StreamReader, server: Server, tallies: Together) -> None:
-    """Until the pipe ends. What cannot be followed ends the worker: another one may begin with it."""
+async def _follow(orders: asyncio.StreamReader, said: asyncio.StreamWriter, server: Server, tallies: Together) -> None:
+    """Until the socket is closed. Where a configuration cannot be used the one before stays in force."""
+    while not server.started:  # noqa: ASYNC110 (uvicorn has only this flag)
+        await asyncio.sleep(TICK_SECONDS)
+    said.write(FOLLOWED)
     while (order := await received(orders)) is not None:
         tallies.place(order.rows)
-        await server.change(order.settings)
-        log.info("the new configuration is in force")
+        [error] = await asyncio.gather(server.change(order.settings), return_exceptions=True)
+        if error is None:
+            log.info("the new configuration is in force")
+        else:
+            log.error("the new configuration cannot be used, the one before stays in force", exc_info=error)
+        said.write(STAYED if error else FOLLOWED)
 
 
 def main() -> None:

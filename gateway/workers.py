@@ -2,7 +2,8 @@
 
 Each worker listens on a socket of its own at the same address (SO_REUSEPORT), among which the kernel divides the
 connections; that of a worker that has died gets none. What this process is told (TERM, INT, HUP) it passes on. The
-configuration is read here alone and sent to all workers, so that no two have different ones, and one that is started
+configuration is read here alone and sent to one worker after the other. It is in force when all of them say that they
+serve in it; when one cannot, those before it go back, so that no two have different ones for long. One that is started
 later has the one that is in force, whatever the file says by then.
 """
 
@@ -14,11 +15,12 @@ import logging
 import pickle
 import shutil
 import signal
+import socket
 import struct
 import sys
 import tempfile
 import time
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import Process
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ MOST_PAUSE_SECONDS = 30.0
 STEADY_SECONDS = 60.0  # a worker that has lived so long did not die of what its predecessor died of
 GRACE_SECONDS = 10.0  # beyond `listen.drain_seconds`, to write what is to be written
 LENGTH = struct.Struct("!Q")
+FOLLOWED, STAYED = b"+", b"-"  # what a worker says of an order: it serves in it, or still in the one before
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,10 @@ class Order:
     settings: Settings
     rows: Mapping[str, int]  # of the tenants, on the board
     meeting: Path  # folder of the sockets by which the workers ask each other
+
+
+class CannotFollow(Exception):
+    """A worker cannot serve in a configuration."""
 
 
 def packed(order: Order) -> bytes:
@@ -97,6 +104,29 @@ def _empty(folder: Path) -> None:
         raise CannotStart(f"data_dir: cannot write {folder}: {error.strerror}") from error
 
 
+@dataclass(eq=False, slots=True)
+class Worker:
+    """A process that serves, and the socket on which it is sent orders and says what came of each."""
+
+    number: int
+    process: Process
+    said: asyncio.StreamReader
+    orders: asyncio.StreamWriter
+    serves: bool = False  # it has begun to, and has not ended
+
+    async def follows(self, order: bytes) -> bool:
+        """Send it an order; whether it serves in this configuration then."""
+        self.orders.write(order)
+        try:
+            return await self.said.read(1) == FOLLOWED
+        except ConnectionError:  # it has ended
+            return False
+
+    def tell(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            self.process.send_signal(number)
+
+
 class Workers:
     def __init__(self, source: Source, settings: Settings, folder: Path, meeting: Path) -> None:
         """`folder`: of the figures, `meeting`: of the workers' sockets."""
@@ -105,7 +135,8 @@ class Workers:
         self._meeting = meeting
         self._reloads = Reloads(source, settings, self._metrics, self._send)
         self._board = Board(settings.config.listen.workers)
-        self._running: dict[int, Process] = {}
+        self._running: dict[int, Worker] = {}
+        self._changing = asyncio.Lock()  # held while one of them is asked to follow
         self._stopping = asyncio.Event()
         self._status = 0
 
@@ -145,30 +176,69 @@ class Workers:
 
     async def _live(self, number: int) -> str:
         """Start a worker, and say how it ended."""
-        command = (sys.executable, "-m", "gateway.worker", str(number), str(self._board.fileno()))
         try:
-            process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, pass_fds=(self._board.fileno(),))
+            worker = await self._started(number)
         except OSError as error:
             return f"cannot be started: {error.strerror}"
-        assert process.stdin is not None
-        log.info("worker %d is process %d", number, process.pid)
-        self._running[number] = process
+        log.info("worker %d is process %d", number, worker.process.pid)
+        self._running[number] = worker
         self._metrics.workers.set(len(self._running))
-        process.stdin.write(self._order(self._reloads.settings))
+        beginning = asyncio.create_task(self._begin(worker))
         if self._stopping.is_set():
-            _signal(process, signal.SIGTERM)
-        status = await process.wait()
+            worker.tell(signal.SIGTERM)
+        status = await worker.process.wait()
+        beginning.cancel()
+        worker.serves = False
+        worker.orders.close()
         del self._running[number]
         self._metrics.workers.set(len(self._running))
         metrics.forget(self._folder, str(number))
         self._board.forget(number)
         return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
 
+    async def _started(self, number: int) -> Worker:
+        """Raises `OSError`."""
+        board = self._board.fileno()
+        command = (sys.executable, "-m", "gateway.worker", str(number), str(board))
+        ours, theirs = socket.socketpair()
+        said, orders = await asyncio.open_unix_connection(sock=ours)
+        try:
+            with theirs:
+                process = await asyncio.create_subprocess_exec(*command, stdin=theirs.fileno(), pass_fds=(board,))
+        except OSError:
+            orders.close()
+            raise
+        return Worker(number, process, said, orders)
+
+    async def _begin(self, worker: Worker) -> None:
+        """Send it its first order; from when it serves it follows with the others."""
+        settings = self._reloads.settings
+        if not await worker.follows(self._order(settings)):
+            return  # it ends
+        async with self._changing:
+            worker.serves = True
+            if settings is not self._reloads.settings:  # another one is in force by now
+                await self._follow_or_end(worker)
+
     async def _send(self, settings: Settings) -> None:
-        order = self._order(settings)
-        for process in self._running.values():
-            assert process.stdin is not None
-            process.stdin.write(order)  # one that has just died takes it, too, and nothing comes of it
+        """Have all that serve follow. Raises `CannotFollow`, and then all serve as before."""
+        order, followed = self._order(settings), list[Worker]()
+        async with self._changing:
+            for worker in list(self._running.values()):
+                if not worker.serves:
+                    continue  # it has ended, or is sent what is in force when it begins
+                if not await worker.follows(order):
+                    for each in followed:
+                        await self._follow_or_end(each)
+                    raise CannotFollow(f"worker {worker.number} cannot use it, or has ended")
+                followed.append(worker)
+
+    async def _follow_or_end(self, worker: Worker) -> None:
+        """Have a worker serve in what is in force; where it cannot, another one will."""
+        if worker.serves and not await worker.follows(self._order(self._reloads.settings)):
+            log.error("worker %d cannot use the configuration that is in force, and is told to stop", worker.number)
+            worker.serves = False
+            worker.tell(signal.SIGTERM)
 
     def _reload(self) -> None:
         if not self._stopping.is_set():
@@ -182,17 +252,12 @@ class Workers:
             return
         log.info("told to stop")
         self._stopping.set()
-        for process in self._running.values():
-            _signal(process, signal.SIGTERM)
+        for worker in self._running.values():
+            worker.tell(signal.SIGTERM)
         asyncio.get_running_loop().call_later(self._config.listen.drain_seconds + GRACE_SECONDS, self._kill)
 
     def _kill(self) -> None:
         self._status = 1
-        for number, process in self._running.items():
+        for number, worker in self._running.items():
             log.warning("worker %d is killed", number)
-            _signal(process, signal.SIGKILL)
-
-
-def _signal(process: Process, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has just ended
-        process.send_signal(number)
+            worker.tell(signal.SIGKILL)

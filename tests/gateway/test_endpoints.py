@@ -217,6 +217,22 @@ def test_after_a_trial_one_failure_ejects_again() -> None:
     assert fleet.states() == ["ejected", "up"]
 
 
+def test_a_trial_is_over_when_its_answer_begins() -> None:
+    fleet = Fleet()
+    fleet.fail(0, 3)
+    fleet.clock.now += 10
+    trial = fleet.endpoints.take(fleet.all[0])
+    trial.began("stream")
+    assert fleet.fail(0) == [20]  # ejected again while the stream of the trial goes on
+    fleet.clock.now += 20
+    assert fleet.states() == ["trial", "up"]
+    assert [fleet.number(fleet.send()) for _ in range(6)].count(0) == 1
+    trial.whole()
+    assert fleet.states() == ["trial", "up"]
+    assert [fleet.number(fleet.send()) for _ in range(6)].count(0) == 0  # the second trial has not begun to answer
+    assert fleet.all[0].trials == 1
+
+
 def test_a_trial_that_the_client_gives_up_leaves_room_for_another() -> None:
     fleet = Fleet()
     fleet.fail(0, 3)

@@ -467,7 +467,9 @@ def test_what_never_ends_is_ended(gateway: Server, flood: Tree) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         for received in pool.map(lambda _: drown(), range(8)):
-            assert received.status in (503, 504) or (received.status == 200 and not received.is_whole), received.status
+            assert received.status in (502, 503, 504) or (received.status == 200 and not received.is_whole), (
+                received.status
+            )
     assert peak(gateway) - before < MEMORY_BYTES
 
 

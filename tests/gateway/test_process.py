@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import ssl
@@ -225,24 +226,24 @@ Endless = Callable[[Gateway], Stream]
 def test_streams_go_on_to_their_end(start: Start, endless: Endless, stub: Server, workers: int) -> None:
     gateway = start({"listen": {"workers": workers}})
     kept = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)
-    stream = endless(gateway)
+    streams = [endless(gateway) for _ in range(8)]  # one at least in the worker that has the connection
 
-    def is_draining() -> bool:
+    def ready() -> tuple[int, str, str | None]:
         kept.request("GET", "/ready")
         answer = kept.getresponse()
-        told = json.loads(answer.read())
-        if told["status"] == "draining":
-            assert (answer.status, answer.headers["connection"]) == (503, "close")
-        return bool(told["status"] == "draining")
+        return answer.status, json.loads(answer.read())["status"], answer.headers["connection"]
 
-    assert not is_draining()
+    assert ready() == (503, "not ready", None)  # without Triton
     gateway.process.terminate()
-    wait_until("the gateway to say that it drains", is_draining)
+    wait_until("all to know", lambda: gateway.said.count("told to stop; ") == workers)
+    assert ready() == (503, "draining", "close")
     wait_until("new connections to be refused", lambda: not gateway.is_reached())
-    stream.go_on()
+    for stream in streams:
+        stream.go_on()
     assert gateway.process.poll() is None
     have(stub, "none")
-    stream.rest()
+    for stream in streams:
+        stream.rest()
     assert gateway.ends() == 0
 
 
@@ -533,6 +534,64 @@ def test_all_workers_take_the_new_configuration(start: Start, stub: Server) -> N
     wait_until("it everywhere", lambda: gateway.said.count("worker 2: the new configuration is in force") == 2)
     wait_until("it everywhere", lambda: all(LARGE in gateway.models() for _ in range(16)))
     assert gateway.process.poll() is None
+
+
+def failed(gateway: Gateway, times: int = 1) -> Callable[[], bool]:
+    return lambda: gateway.metric('config_reloads_total{outcome="failed"}') == times
+
+
+STAYS = "the new configuration cannot be used, the one before stays in force"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_cannot_be_opened_leaves_the_configuration_before_in_force(
+    start: Start, stub: Server, workers: int
+) -> None:
+    gateway = start({"listen": {"workers": workers}})
+    both = {"models": [model("small", stub.url), model(LARGE, stub.url)]}
+    gateway.configure({**both, "semantic_cache": {"max_entries": 10**12}})  # there is no such memory
+    wait_until("the failure", failed(gateway))
+    assert STAYS in gateway.said
+    assert "MemoryError" in gateway.said
+    assert gateway.metric("config_last_reload_successful") == 0
+    for _ in range(8):
+        assert gateway.models() == {"small"}
+        assert ask(gateway).status_code == 200
+    assert served(gateway) == workers  # all that were started serve still
+    gateway.configure(both)
+    wait_until("a better one", applied(gateway))
+    assert all(gateway.models() == {"small", LARGE} for _ in range(8))
+    assert "another one is started" not in gateway.said
+
+
+def test_when_one_worker_cannot_follow_all_stay(start: Start, stub: Server) -> None:
+    gateway = start({"listen": {"workers": 2}})
+    first, second = re.findall(r"(worker \d+) is process", gateway.said)
+    memory = int(re.findall(r"VmSize:\s+(\d+)", Path(f"/proc/{gateway.workers()[1]}/status").read_text())[0]) * 1024
+    resource.prlimit(gateway.workers()[1], resource.RLIMIT_AS, (memory + 2**28, resource.RLIM_INFINITY))
+    both = {"models": [model("small", stub.url), model(LARGE, stub.url)]}
+    gateway.configure({**both, "semantic_cache": {"max_entries": 400_000}})  # 600 MB of vectors
+    wait_until("the failure", failed(gateway))
+    assert gateway.said.count(f"{first}: the new configuration is in force") == 2  # there and back
+    assert f"{second}: {STAYS}" in gateway.said
+    assert all(gateway.models() == {"small"} for _ in range(16))
+    assert gateway.metric("config_last_reload_successful") == 0
+    gateway.configure(both)
+    wait_until("a better one", applied(gateway))
+    assert all(gateway.models() == {"small", LARGE} for _ in range(16))
+    assert "another one is started" not in gateway.said
+
+
+def test_a_worker_that_begins_meanwhile_has_the_new_configuration(start: Start, stub: Server) -> None:
+    gateway = start({"listen": {"workers": 2}})
+    os.kill(gateway.workers()[0], signal.SIGKILL)
+    wait_until("another worker", lambda: len(gateway.workers()) == 3)
+    assert served(gateway) == 2
+    gateway.configure({"models": [model("small", stub.url), model(LARGE, stub.url)]})
+    wait_until("the other model", applied(gateway))
+    wait_until("the worker to serve", lambda: served(gateway) == 3, PATIENCE_SECONDS)
+    wait_until("it to follow", lambda: "worker 0: the new configuration is in force" in gateway.said)
+    assert all(LARGE in gateway.models() for _ in range(16))
 
 
 def test_workers_end_with_whoever_started_them(start: Start) -> None:

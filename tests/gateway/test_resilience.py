@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from hypothesis import given, settings
@@ -23,10 +24,10 @@ from starlette.routing import Route
 
 from gateway import config
 from gateway.endpoints import BURST
-from gateway.errors import UpstreamTimeout, UpstreamUnavailable
+from gateway.errors import AnswerTooLong, UpstreamTimeout, UpstreamUnavailable
 from gateway.metrics import Metrics
 from gateway.upstream import WAIT_SECONDS, Reply, Upstream, UpstreamBroken, error_status, retry_after
-from tests.conftest import free_port
+from tests.conftest import Server, StartGateway, Tree, free_port, models
 from tests.stub_vllm import Stub, create_app
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -244,14 +245,67 @@ async def test_when_all_refuse_the_refusal_is_passed_on() -> None:
 
 
 @scenario
+async def test_an_overlong_answer_is_generated_once_and_is_nobody_s_failure() -> None:
+    stubs = [Stub(), Stub(), Stub()]
+    async with contextlib.AsyncExitStack() as stack:
+        first, second, third = [await stack.enter_async_context(serving(create_app(stub))) for stub in stubs]
+        m, other = model(first, second), model(third, name="other")
+        async with upstream(m, other, max_answer_bytes=100, ejection={"consecutive_failures": 1}) as up:
+            for _ in range(4):
+                with pytest.raises(AnswerTooLong, match=r"'m' is longer than upstream.max_answer_bytes \(100\)"):
+                    await ask(up, m, other)
+            assert [len(stub.received) for stub in stubs] == [2, 2, 0]
+            assert [(each.state, each.error_rate, each.outstanding) for each in up.figures(m)] == [("up", 0, 0)] * 2
+            assert metric(up, "retries_total", model="m") == errors(up, m, "broken") == 0
+
+
+@scenario
 async def test_an_overlong_answer_is_not_read_to_its_end() -> None:
-    stub = Stub()
-    async with serving(create_app(stub)) as url:
-        m = model(url)
+    gone = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(b"x" * 1000)
+                await writer.drain()
+        gone.set()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        m = model(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
         async with upstream(m, max_answer_bytes=100) as up:
-            with pytest.raises(UpstreamUnavailable):
+            with pytest.raises(AnswerTooLong):
                 await ask(up, m)
-            assert outstanding(up, m) == [0]
+            await gone.wait()
+
+
+@scenario
+async def test_an_overlong_failure_is_the_endpoint_s() -> None:
+    stub = Stub()
+    async with sending(b"HTTP/1.1 500 No\r\n\r\n" + b"x" * 999) as first, serving(create_app(stub)) as second:
+        m = model(first, second)
+        async with upstream(m, max_answer_bytes=998) as up:
+            assert (await ask(up, m))[0].status == 200
+            assert errors(up, m, "broken") == 1
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "messages"])
+def test_an_overlong_answer_is_one_final_error(
+    start_gateway: StartGateway, stub: Server, stub_triton: Tree, path: str
+) -> None:
+    policy = {"rules": [], "default": "smollm2-small"}
+    limits = {"max_answer_bytes": 100}
+    gateway = start_gateway({"triton": stub_triton, "models": models(stub.url), "policy": policy, "upstream": limits})
+    before = len(httpx.get(f"{stub.url}/stub").json()["received"])
+    body = {"model": "smollm2-small", "max_tokens": 9, "messages": [{"role": "user", "content": "Much?"}]}
+    response = httpx.post(f"{gateway.url}/v1/{path}", json=body, headers={"x-api-key": "fp-of-a-test"}, timeout=60)
+    assert (response.status_code, response.headers["x-should-retry"]) == (502, "false")
+    error = response.json()["error"]
+    assert "is longer than upstream.max_answer_bytes (100)" in error["message"]
+    form = {"type": "api_error", "message": error["message"]}
+    assert error == (form if path == "messages" else {**form, "param": None, "code": "answer_too_long"})
+    assert len(httpx.get(f"{stub.url}/stub").json()["received"]) == before + 1
 
 
 NOT_HTTP = [

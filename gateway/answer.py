@@ -112,6 +112,19 @@ class Assembly(ABC):
         """The answer that the events make."""
 
 
+class Unread(Assembly):
+    """Of a stream that is not kept, whatever it says."""
+
+    def add(self, payload: bytes) -> None:
+        pass
+
+    def _fold(self, event: dict[str, Any]) -> bool:
+        return False
+
+    def _whole(self) -> Answer | None:
+        return None
+
+
 class ChunkAssembly(Assembly):
     """Of chunks with choices: `delta` is what a choice adds to the message."""
 

@@ -266,7 +266,7 @@ class Chat:
         call.admission.read(reply.body)
         if reply.status == 200:
             self._count_tokens(route.model, call.admission.usage)
-            key = self._finish(call, route, call.form.whole(reply.body), store=store)
+            key = self._finish(call, route, call.form.whole(reply.body) if store else None, store=store)
             self._remember(call, answers.response_id(reply.body), route.model.name, key)
         return Response(reply.body, status_code=reply.status, headers=headers)
 
@@ -290,7 +290,8 @@ class Chat:
 
         A usage chunk that the gateway asked for and the client did not is left out.
         """
-        splitter, assembly, finished = sse.FrameSplitter(), call.form.assembly(), False
+        splitter, finished = sse.FrameSplitter(), False
+        assembly = call.form.assembly() if store else answers.Unread()
         passing = answers.Passing(keep_usage=keep_usage)
         response_id: str | None = None
         try:

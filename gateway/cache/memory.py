@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -33,6 +34,7 @@ class MemoryCache:
         self._free = list(range(max_entries - 1, -1, -1))
         self._row: dict[str, int] = {}
         self._scopes: dict[str, dict[int, Entry]] = {}  # scope -> row -> entry
+        self._soonest: dict[str, float] = {}  # scope -> when the first of its entries expires, or before
         self._clock = clock
 
     def __len__(self) -> int:
@@ -48,14 +50,16 @@ class MemoryCache:
         return None
 
     async def search(self, scope: str, embedding: Vector, threshold: float) -> Hit | None:
-        rows = self._unexpired(scope)
-        if not rows:
+        self._drop_expired(scope)
+        entries = self._scopes.get(scope)
+        if not entries:
             return None
-        similarities = self._vectors[rows] @ embedding  # (len(rows),)
+        rows = np.fromiter(entries, np.intp, len(entries))
+        similarities = self._vectors.take(rows, axis=0) @ embedding  # (len(rows),)
         best = int(np.argmax(similarities))
         if similarities[best] < threshold:
             return None
-        entry = self._entries[self._scopes[scope][rows[best]].key]  # through the cache, so that it counts as used
+        entry = self._entries[entries[int(rows[best])].key]  # through the cache, so that it counts as used
         return Hit(entry, float(similarities[best]))
 
     def put(self, entry: Entry) -> None:
@@ -68,6 +72,7 @@ class MemoryCache:
         self._vectors[row] = entry.embedding
         self._row[entry.key] = row
         self._scopes.setdefault(entry.scope, {})[row] = entry
+        self._soonest[entry.scope] = min(entry.expires_at, self._soonest.get(entry.scope, math.inf))
 
     async def delete(self, key: str) -> None:
         if key in self._row:
@@ -79,11 +84,14 @@ class MemoryCache:
     async def close(self) -> None:
         return None
 
-    def _unexpired(self, scope: str) -> list[int]:
+    def _drop_expired(self, scope: str) -> None:
         now = self._clock()
-        for entry in [entry for entry in self._scopes.get(scope, {}).values() if entry.expires_at <= now]:
+        if now < self._soonest.get(scope, math.inf):
+            return
+        for entry in [entry for entry in self._scopes[scope].values() if entry.expires_at <= now]:
             self._remove(entry)
-        return list(self._scopes.get(scope, {}))
+        if left := self._scopes.get(scope):
+            self._soonest[scope] = min(entry.expires_at for entry in left.values())
 
     def _remove(self, entry: Entry) -> None:
         del self._entries[entry.key]
@@ -95,4 +103,4 @@ class MemoryCache:
         rows = self._scopes[entry.scope]
         del rows[row]
         if not rows:
-            del self._scopes[entry.scope]
+            del self._scopes[entry.scope], self._soonest[entry.scope]

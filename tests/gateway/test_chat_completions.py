@@ -16,7 +16,7 @@ from tests.conftest import Server, StartGateway, Tree, chat, events, models, wai
 
 Ask = Callable[..., httpx.Response]
 
-TOOL = {
+TOOL: Any = {
     "type": "function",
     "function": {
         "name": "look_up",

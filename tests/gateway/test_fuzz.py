@@ -295,7 +295,7 @@ HOSTILE = {
     "messages": b'event: message_start\ndata: {"type": "message_start", "message": {"usage": []}}\n\n' * 2,
     "responses": b'data: {"type": "response.completed", "response": {"output": [{"content": [{}]}]}}\n\n',
 }
-ASKING = {
+ASKING: dict[str, Tree] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Why?"}]},
     "/v1/completions": {"prompt": "Why?"},
     "/v1/responses": {"input": "Why?"},

@@ -326,7 +326,7 @@ def test_the_command_makes_a_key_and_its_digest() -> None:
 # Over HTTP
 
 KEYS = {name: f"fp-{name}" for name in ("team", "team-too", "other", "small", "reader", "slow", "few", "metered")}
-TENANTS = [
+TENANTS: list[Tree] = [
     {"name": "team", "key_sha256": [digest(KEYS["team"]), digest(KEYS["team-too"])]},
     {"name": "other", "key_sha256": [digest(KEYS["other"])]},
     {"name": "small", "key_sha256": [digest(KEYS["small"])], "models": ["auto", "smollm2-small"]},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -103,7 +104,11 @@ class Generations:
         new.publish()
         retiring = asyncio.create_task(old.retire())
         self._retiring.add(retiring)
-        retiring.add_done_callback(self._retiring.discard)
+        retiring.add_done_callback(self._forget)
+
+    def _forget(self, retired: asyncio.Task[None]) -> None:
+        self._retiring.discard(retired)
+        asyncio.get_running_loop().call_soon(gc.collect)  # an application is a ring of megabytes
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[Mapping[str, Any]]:

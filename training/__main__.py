@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from training.corpus import PROMPTS
+from training.pairs import PAIRS
 from training.weights import MODELS, missing
 
 WINDOW, WINDOWS = 258, 4  # tokens read at a time, two of them marks, and how many times: 1,024 of a prompt
@@ -51,6 +52,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--window", type=_window, default=WINDOW, help="tokens that are read at a time (default: %(default)s)")
     add("--windows", type=_positive, default=WINDOWS, help="windows read of a prompt (default: %(default)s)")
+    add = command("train-verifier", _train_verifier, "train, measure and export the verifier of near misses")
+    add("--data", nargs="+", type=Path, default=[PAIRS], help="files or folders of groups (default: our own)")
+    add("--base", default="small", help="small, a folder, or a hub id such as answerdotai/ModernBERT-base")
+    add("--epochs", type=_positive, default=3)
+    add("--seed", type=int, default=0)
+    add("--start", type=Path, help="a verifier to train further, such as training/shipped/verifier")
+    add = command("evaluate-verifier", _evaluate_verifier, "measure the exported verifier and write a report")
+    add("--data", nargs="+", type=Path, default=[PAIRS], help="files or folders of groups (default: our own)")
+    add("--public", type=Path, help="folder with qqp_pairs.jsonl.gz and stsb_test.jsonl.gz, measured, too")
     command("weights", _weights, "export what the model repository lacks, from what is shipped")
     add = command("evaluate", _evaluate, "measure the exported classifier on the test rows and write a report")
     add("--data", nargs="+", default=[str(PROMPTS)], help="rows as for train; baselines learn from the training rows")
@@ -105,7 +115,29 @@ def _weights(options: argparse.Namespace) -> None:
         trained = load_heads(SHIPPED, base)
         print(f"exporting the shipped heads to {options.out / 'classifier' / 'weights'}")
         publish(trained, base, options.out, trained.facts["precision"])
+    if "verifier" in missing(options.out):
+        from training.verifier import SHIPPED as SHIPPED_VERIFIER
+        from training.verifier import load_verifier
+        from training.verify import publish_verifier
+
+        print(f"exporting the shipped verifier to {options.out / 'verifier' / 'weights'}")
+        base = load_base("small")
+        publish_verifier(load_verifier(SHIPPED_VERIFIER, base), base, options.out)
     _export_embedder(options.out)
+
+
+def _train_verifier(options: argparse.Namespace) -> None:
+    from training.verify import Settings, train_verifier
+
+    train_verifier(
+        Settings(tuple(options.data), options.base, options.out, options.epochs, options.seed, options.start)
+    )
+
+
+def _evaluate_verifier(options: argparse.Namespace) -> None:
+    from training.verify import report_verifier
+
+    report_verifier(options.out, options.data, options.public)
 
 
 def _export_embedder(repository: Path) -> None:

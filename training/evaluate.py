@@ -65,8 +65,8 @@ def evaluate(weights: Path, splits: Splits, embed: Embed) -> Metrics:
     return {
         **metrics,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {_processor()}",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "onnxruntime", "scikit-learn")},
+        "machine": machine(),
+        "versions": versions(),
         "base": served.manifest["base"],
         "sources": made_of(served.manifest),
         "exports": [form_figures(served.manifest["precision"], served, weights / "model.onnx", splits.test)],
@@ -213,6 +213,14 @@ def _routed(
 
 def _true(rows: Sequence[Row], place: Mapping[str, int]) -> NDArray[np.int64]:
     return np.array([-1 if row.category is None else place.get(row.category, -1) for row in rows])
+
+
+def machine() -> str:
+    return f"{platform.machine()}, {_processor()}"
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "peft", "onnxruntime", "scikit-learn")}
 
 
 def _processor() -> str:

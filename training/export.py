@@ -32,6 +32,7 @@ from training.weights import appearing, fingerprint, write_manifest
 EMBEDDER_TOKENS = 256
 PARITY = 1e-3
 PRECISIONS = ("float32", "int8", "float16")
+SEQUENCES = ("input_ids", "attention_mask")  # what every graph reads
 # An input whose largest value is this many times its root mean square loses too much to one int8 scale (Dettmers et al.
 # 2022): above it are the products that end the MLPs, one of which costs two thirds of what int8 changes.
 OUTLIER = 30.0
@@ -103,12 +104,12 @@ def export(
     pooled = "window" in manifest
     with appearing(model / "weights") as folder:
         network = folder / "model.onnx"
-        onnx.save(to_onnx(module, outputs, pooled), network)
+        onnx.save(to_onnx(module, outputs, [*SEQUENCES, "text"] if pooled else SEQUENCES), network)
         difference = disagreement(module, network, tokenizer, manifest.get("window", manifest["max_tokens"]), pooled)
         if not difference <= PARITY:
             raise ParityError(f"{model.name}: ONNX and torch differ by {difference:.2g}, more than {PARITY:g}")
         smaller = folder / "smaller.onnx"
-        convert(network, smaller, precision, outliers(network, tokenizer) if precision == "int8" else ())
+        convert(network, smaller, precision, outliers(network, samples(tokenizer)) if precision == "int8" else ())
         if near is not None and similarity(network, smaller, tokenizer) < near:
             precision = "float32"
             smaller.unlink()
@@ -146,8 +147,8 @@ def convert(source: Path, target: Path, precision: str, kept: Sequence[str] = ()
         target.write_bytes(source.read_bytes())
 
 
-def outliers(path: Path, tokenizer: Tokenizer) -> list[str]:
-    """The matrix products of the graph at `path` whose inputs hold values OUTLIER times the usual."""
+def outliers(path: Path, tensors: Sequence[Tensor]) -> list[str]:
+    """The matrix products of the graph at `path` whose inputs, for `tensors`, hold values OUTLIER times the usual."""
     graph = onnx.load(path)
     weights = {tensor.name for tensor in graph.graph.initializer}
     products = [
@@ -156,10 +157,14 @@ def outliers(path: Path, tokenizer: Tokenizer) -> list[str]:
     inputs = list(dict.fromkeys(node.input[0] for node in products))
     graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in inputs)
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
-    texts = windows(tokenizer, TEXTS, 128, 1).tensors()
-    found = zip(inputs, session.run(inputs, named(session, texts)), strict=True)
+    found = zip(inputs, session.run(inputs, named(session, tensors)), strict=True)
     beyond = {name for name, values in found if np.abs(values).max() > OUTLIER * np.sqrt(np.square(values).mean())}
     return [node.name for node in products if node.input[0] in beyond]
+
+
+def samples(tokenizer: Tokenizer) -> tuple[Tensor, ...]:
+    """What TEXTS are to a graph that reads texts."""
+    return windows(tokenizer, TEXTS, 128, 1).tensors()
 
 
 def similarity(one: Path, other: Path, tokenizer: Tokenizer) -> float:
@@ -169,21 +174,18 @@ def similarity(one: Path, other: Path, tokenizer: Tokenizer) -> float:
     return float(np.mean((a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))))
 
 
-def to_onnx(module: nn.Module, outputs: list[str], pooled: bool) -> onnx.ModelProto:
+def to_onnx(module: nn.Module, outputs: list[str], inputs: Sequence[str]) -> onnx.ModelProto:
     """`module` as an ONNX graph with dynamic batch and length, without traces of where it was made."""
     # None of batch, length and texts is alike, 0 or 1: torch would take it for a constant.
-    example: tuple[Tensor, ...] = (torch.ones(3, 7, dtype=torch.int64), torch.ones(3, 7, dtype=torch.int64))
-    shapes: tuple[dict[int, str], ...] = ({0: "windows", 1: "length"}, {0: "windows", 1: "length"})
-    names = ["input_ids", "attention_mask"]
-    if pooled:
-        example, shapes, names = (*example, torch.arange(3)), (*shapes, {0: "windows"}), [*names, "text"]
+    example = tuple(torch.arange(3) if name == "text" else torch.ones(3, 7, dtype=torch.int64) for name in inputs)
+    shapes = tuple({0: "windows"} if name == "text" else {0: "windows", 1: "length"} for name in inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             module,
             example,
-            input_names=names,
+            input_names=list(inputs),
             dynamic_shapes=shapes,
             dynamo=True,
             optimize=True,

@@ -1,7 +1,7 @@
 """The classifier: one trunk, mean pooling over a text's windows, three heads; and which weights training may move."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from training.lexical import ENERGY_UNIT, Lexical
 
 # Rank 16 on every linear layer trains 0.75 M of the small base's 26 M weights: room enough for the heads, 3 MB to ship.
+M = TypeVar("M", bound=nn.Module)
 RANK = 16
 DIFFICULTY = 8  # dimensions of a prompt's difficulty that the trunk gives
 
@@ -115,22 +116,24 @@ class Router(nn.Module):
         return torch.cat([scores.difficulty, words[:, self.labels + 1 :]], 1)
 
 
-def with_lora(trunk: PreTrainedModel) -> nn.Module:
-    """`trunk` frozen but for low-rank updates of every linear layer (LoRA, Hu et al. 2021) and its norms.
+def with_lora(trunk: PreTrainedModel, rank: int = RANK, scale: float = 2.0, dropout: float = 0.0) -> nn.Module:
+    """`trunk` frozen but for its norms and low-rank updates of its linear layers, times `scale` (LoRA, Hu et al. 2021).
 
     In ModernBERT the linear layers are Wqkv and Wo of the attention, Wi and Wo of the MLP. The norms are few weights,
     and on the transplanted base they are least-squares fits that have something to gain.
     """
     norms = [name for name, module in trunk.named_modules() if isinstance(module, nn.LayerNorm)]
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", modules_to_save=norms)
-    return get_peft_model(trunk, config)
+    alpha = round(scale * rank)
+    return get_peft_model(
+        trunk, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", modules_to_save=norms)
+    )
 
 
-def merged(classifier: Classifier) -> Classifier:
-    """`classifier` with the low-rank updates added into the weights they update: plain layers again, same outputs.
+def merged(model: M) -> M:
+    """`model` with the low-rank updates of its trunk added into the weights they update: plain layers, same outputs.
 
     In float64: what float32 adds up differs from one process to the next, and the fingerprint would with it.
     """
-    trunk: Any = classifier.trunk
-    classifier.trunk = trunk.double().merge_and_unload().float()
-    return classifier
+    trunk: Any = model.trunk
+    model.trunk = trunk.double().merge_and_unload().float()
+    return model

@@ -11,7 +11,7 @@ import numpy as np
 
 from training.base import Base
 from training.compute import device
-from training.export import PRECISIONS, convert, export, milliseconds, outliers
+from training.export import PRECISIONS, convert, export, milliseconds, outliers, samples
 from training.heads import Trained
 from training.measures import Export, auc
 from training.model import Router, merged
@@ -55,7 +55,7 @@ def measured_precisions(
         export(for_export(trained.router), OUTPUTS, base.tokenizer, Path(scratch, "classifier"), trained.manifest())
         folder = Path(scratch, "classifier", "weights")
         forms = {name: folder / f"{name}.onnx" for name in PRECISIONS}
-        kept = outliers(folder / "model.onnx", base.tokenizer)
+        kept = outliers(folder / "model.onnx", samples(base.tokenizer))
         for name, path in forms.items():
             convert(folder / "model.onnx", path, name, kept)
         rows = sample(validation, CHOSEN_BY)

@@ -13,8 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-MODELS = ("embedder", "classifier")
-NEEDED = {"embedder": "dimension", "classifier": "difficulty"}  # keys that manifests of older forms lack
+MODELS = ("embedder", "classifier", "verifier")
+NEEDED = {
+    "embedder": "dimension",
+    "classifier": "difficulty",
+    "verifier": "verification",
+}  # keys that manifests of older forms lack
 LEFTOVER = re.compile(r"-(\d+)(-replaced)?$")  # the end of a name that `_beside` made
 
 

@@ -111,6 +111,7 @@ def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main(arguments) == 0
+        assert main(["weights"]) == 0  # the verifier, which is not trained here
     return Run(folder, arguments)
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModel
 
 from tests.training.conftest import Heads, Run
 from training.compute import multiplies_int8
-from training.export import PRECISIONS, SENTENCE, Embedder, ParityError, convert, export, outliers
+from training.export import PRECISIONS, SENTENCE, Embedder, ParityError, convert, export, outliers, samples
 from training.publish import OUTPUTS, for_export
 from training.served import NoWeights, Served
 from training.tokens import encode, pad, read_tokenizer
@@ -134,7 +134,7 @@ def test_a_product_of_outliers_stays_in_float32(tmp_path: Path) -> None:
     torch.manual_seed(0)
     export(module := Peaked(), ["value"], tokenizer, tmp_path / "peaked", {"max_tokens": 64})
     network = tmp_path / "peaked/weights/model.onnx"
-    (kept,) = outliers(network, tokenizer)
+    (kept,) = outliers(network, samples(tokenizer))
     convert(network, tmp_path / "int8.onnx", "int8", [kept])
     products = [node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node if "MatMul" in node.op_type]
     assert sorted(products) == ["MatMul", "MatMulInteger"]
@@ -152,7 +152,7 @@ def test_what_disagrees_with_torch_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(ParityError, match="noise"):
         export(Noise(), ["value"], read_tokenizer(get_model_path()), tmp_path / "noise", {"max_tokens": 64})
     assert list((tmp_path / "noise").iterdir()) == []
-    assert missing(tmp_path) == ["embedder", "classifier"]
+    assert missing(tmp_path) == ["embedder", "classifier", "verifier"]
     with pytest.raises(NoWeights, match="`make train` writes them"):
         Served(tmp_path / "noise")
 

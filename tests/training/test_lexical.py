@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import Tensor, nn
 
-from training.export import convert, to_onnx
+from training.export import SEQUENCES, convert, to_onnx
 from training.lexical import PAIRS, Counts, Lexical, fit_lexical
 from training.model import Calibration, Classifier, Router
 from training.objective import Targets
@@ -85,7 +85,7 @@ def test_two_thousand_rare_words_survive_half_precision(tmp_path: Path) -> None:
     module = Words(router(lexical, 3)).eval()
     draw = random.Random(0)  # noqa: S311
     inputs = (*pad([[draw.randrange(VOCABULARY) for _ in range(256)] for _ in range(9)]), torch.tensor([0] * 8 + [1]))
-    (tmp_path / "words.onnx").write_bytes(to_onnx(module, ["words"], pooled=True).SerializeToString())
+    (tmp_path / "words.onnx").write_bytes(to_onnx(module, ["words"], [*SEQUENCES, "text"]).SerializeToString())
     convert(tmp_path / "words.onnx", tmp_path / "half.onnx", "float16")
     half = OnnxModel(onnx.load(tmp_path / "half.onnx"))
     half.topological_sort()

@@ -25,10 +25,11 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 @pytest.fixture
 def folder(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in; its model repository has the embedder, which takes longest to export."""
+    """An empty folder to work in; its model repository has what is not trained, which takes long to export."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model_repository").mkdir()
-    (tmp_path / "model_repository/embedder").symlink_to(trained.repository / "embedder")
+    for model in ("embedder", "verifier"):
+        (tmp_path / "model_repository" / model).symlink_to(trained.repository / model)
     return tmp_path
 
 

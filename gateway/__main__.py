@@ -1,4 +1,7 @@
-"""`python -m gateway --config config/config.yaml` serves until told to stop; `… key` makes an API key."""
+"""`python -m gateway --config config/config.yaml` serves until told to stop; `… key` makes an API key.
+
+`… warm FILE` puts answers into the cache of a gateway that runs, `… export FILE` writes them out: `… warm --help`.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,23 @@ from gateway.listening import CannotStart
 from gateway.reload import Settings, Source
 from gateway.tenants import digest, new_key
 
+TRANSFERS = ("warm", "export")
+
 
 def main() -> int:
+    if sys.argv[1:2] and sys.argv[1] in TRANSFERS:
+        from gateway import transfer  # which has a command line of its own
+
+        return transfer.main(sys.argv[1:])
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the configuration has been read for the first time
     parser = argparse.ArgumentParser(prog="gateway", description=__doc__)
-    parser.add_argument("command", nargs="?", choices=("serve", "key"), default="serve")
+    parser.add_argument("command", nargs="?", choices=("serve", "key", *TRANSFERS), default="serve")
     parser.add_argument("--config", default="config/config.yaml", metavar="PATH")
     parser.add_argument("--check", action="store_true", help="only check the configuration")
     parser.add_argument("--drain-seconds", type=seconds, metavar="SECONDS", help="instead of listen.drain_seconds")
     arguments = parser.parse_args()
+    if arguments.command in TRANSFERS:
+        parser.error(f"{arguments.command} comes first, and then its own arguments")
     if arguments.command == "key":
         print_key()
         return 0

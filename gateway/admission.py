@@ -3,6 +3,7 @@
     /health, /openapi.json   everybody
     /ready, /metrics         who has the key of `listen.admin_key_sha256`; without one, this machine, and everybody
                              where `listen.allow_anonymous` says so
+    /admin/...               who has that key; without one, this machine, and nobody else
     all else                 tenants, within their limits; everybody, where none are configured
 
 An `Admission` is left in the request's state; what it holds is given back when the answer has ended, however it ends.
@@ -24,7 +25,9 @@ from gateway.values import is_loopback
 
 PUBLIC = frozenset({"/health", "/openapi.json"})
 OPERATORS = frozenset({"/ready", "/metrics"})
-FORWARDED = frozenset({b"forwarded", b"x-forwarded-for"})  # a proxy on this machine asks for somebody else
+ADMIN = "/admin/"  # what all paths begin with that are for operators alone, whoever else may use the rest
+# A proxy on this machine asks for somebody else, and a browser for a page of anywhere.
+FORWARDED = frozenset({b"forwarded", b"x-forwarded-for", b"origin"})
 
 LEFT = 499  # the client did; the model may have been at work
 
@@ -66,7 +69,7 @@ class Admitted:
         """Who the request is from. Raises `Unauthenticated`, `NotAllowed`."""
         if scope["path"] in PUBLIC:
             return ANYBODY
-        if scope["path"] in OPERATORS:
+        if scope["path"] in OPERATORS or scope["path"].startswith(ADMIN):
             check_operator(scope, self._listen)
             return ANYBODY
         return self._tenants.account(scope["headers"])
@@ -102,7 +105,7 @@ def check_operator(scope: Scope, listen: Listen) -> None:
         key = offered_key(scope["headers"])
         if key is None or not matches(key, listen.admin_key_sha256):
             raise Unauthenticated(f"{scope['path']} takes the key of listen.admin_key_sha256")
-    elif not listen.allow_anonymous and not is_from_here(scope):
+    elif not is_from_here(scope) and (scope["path"].startswith(ADMIN) or not listen.allow_anonymous):
         raise NotAllowed(f"{scope['path']} answers this machine only, unless listen.admin_key_sha256 is configured")
 
 

@@ -1,7 +1,7 @@
 """A complete answer, however it came (JSON or a stream) and however it is replayed; no I/O.
 
-Only answers that are whole are made into an `Answer`: one choice, ended by the model itself, text and no tool calls.
-Here is what all forms of the API share, and chat completions; the other forms are in `gateway.dialects`.
+Only answers that are whole are made into an `Answer`: one choice, ended by the model itself. Of chat completions it may
+also be calls of tools. Here is what all forms of the API share, and chat completions; `gateway.dialects` has the rest.
 """
 
 from __future__ import annotations
@@ -30,14 +30,18 @@ class Answer:
 
 def from_completion(raw: bytes) -> Answer | None:
     """The answer in the body of a chat.completion; None when it is not whole."""
+    match loaded(raw):
+        case {"model": str(model), "choices": [{"message": dict(message), "finish_reason": str(reason)}], **rest}:
+            return whole(model, telling(message), rest.get("usage"), reason) if reason in ENDS else None
+    return None
+
+
+def loaded(raw: bytes) -> object:
+    """The value of a JSON text; None when it is none."""
     try:
-        body = orjson.loads(raw)
+        return orjson.loads(raw)
     except orjson.JSONDecodeError:
         return None
-    match body:
-        case {"model": str(model), "choices": [{"message": dict(message), "finish_reason": "stop"}]}:
-            return whole(model, telling(message), body.get("usage"))
-    return None
 
 
 _ID = re.compile(rb'"id"\s*:\s*"([\w.:-]{1,200})"')
@@ -54,13 +58,32 @@ def telling(fields: Mapping[Any, Any]) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value not in (None, [], "")}
 
 
+ENDS = ("stop", CALLS := "tool_calls")  # of chat completions, that the model itself chose
+
+
 def whole(model: str, message: dict[str, Any], usage: object, finish_reason: str = "stop") -> Answer | None:
-    """The answer when its message is text that may be kept."""
-    if not message.get("content") or not all(isinstance(value, str) for value in message.values()):
+    """The answer when its message is text, or calls of tools, that may be kept."""
+    calls = message.get(CALLS)
+    texts = [value for key, value in message.items() if key != CALLS]
+    if (finish_reason == CALLS) != bool(calls) or not (calls or message.get("content")):
         return None
-    if sum(map(len, message.values())) > MAX_ANSWER_CHARACTERS:
+    if not all(isinstance(value, str) for value in texts) or not _are_calls(calls or []):
+        return None
+    if sum(map(len, texts)) + len(orjson.dumps(calls)) > MAX_ANSWER_CHARACTERS:
         return None
     return Answer(model, {"role": "assistant", **message}, finish_reason, figures(usage))
+
+
+def _are_calls(calls: object) -> bool:
+    """Whether these are whole calls of functions."""
+    if not isinstance(calls, list):
+        return False
+    for call in calls:
+        match call:
+            case {"id": str(), "function": {"name": str(), "arguments": str()}}:
+                continue
+        return False
+    return True
 
 
 def figures(usage: object) -> dict[str, Any] | None:
@@ -97,10 +120,7 @@ class Assembly(ABC):
         return self._whole() if self.done and not self._spoilt else None
 
     def _read(self, payload: bytes) -> bool:
-        try:
-            event = orjson.loads(payload)
-        except orjson.JSONDecodeError:
-            return False
+        event = loaded(payload)
         return isinstance(event, dict) and self._fold(event)
 
     @abstractmethod
@@ -133,13 +153,19 @@ class ChunkAssembly(Assembly):
         self._delta = delta
         self._model: object = None
         self._message: dict[str, list[str]] = {}
+        self._calls: list[dict[str, Any]] = []
         self._finish_reason: object = None
         self._usage: object = None
 
     def _whole(self) -> Answer | None:
-        if self._finish_reason != "stop" or not isinstance(self._model, str):
+        if not isinstance(self._finish_reason, str) or self._finish_reason not in ENDS:
             return None
-        return whole(self._model, {key: "".join(pieces) for key, pieces in self._message.items()}, self._usage)
+        if not isinstance(self._model, str):
+            return None
+        message: dict[str, Any] = {key: "".join(pieces) for key, pieces in self._message.items()}
+        if self._calls:
+            message[CALLS] = self._calls
+        return whole(self._model, message, self._usage, self._finish_reason)
 
     def _fold(self, chunk: dict[str, Any]) -> bool:
         if not isinstance(chunk.get("choices"), list):
@@ -155,7 +181,10 @@ class ChunkAssembly(Assembly):
         if not isinstance(delta, dict):
             return False
         pieces = telling(delta)
-        if not all(isinstance(value, str) for value in pieces.values()) or (pieces and self._finish_reason):
+        calls = pieces.pop(CALLS, [])
+        if not all(isinstance(value, str) for value in pieces.values()):
+            return False
+        if (pieces or calls) and self._finish_reason:
             return False
         self._finish_reason = choice.get("finish_reason") or self._finish_reason
         for key, value in pieces.items():
@@ -163,6 +192,19 @@ class ChunkAssembly(Assembly):
                 self._message[key] = [value]
             else:
                 self._message.setdefault(key, []).append(value)
+        return isinstance(calls, list) and all(map(self._fold_call, calls))
+
+    def _fold_call(self, call: Any) -> bool:
+        """Add a piece of a call: the first of each has its id and name, all have some of its arguments."""
+        if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+            return False
+        index, said, arguments = call.get("index"), call["function"], call["function"].get("arguments") or ""
+        if index == len(self._calls):
+            beside = {key: value for key, value in call.items() if key not in ("index", "function")}
+            self._calls.append({**beside, "function": {"name": said.get("name"), "arguments": ""}})
+        if not isinstance(index, int) or not 0 <= index < len(self._calls) or not isinstance(arguments, str):
+            return False
+        self._calls[index]["function"]["arguments"] += arguments
         return True
 
 
@@ -220,14 +262,21 @@ class Identity:
 
 def completion(answer: Answer, new: Identity) -> bytes:
     """The answer as the body of a chat.completion."""
-    choice = {"index": 0, "message": answer.message, "logprobs": None, "finish_reason": answer.finish_reason}
+    choice = {
+        "index": 0,
+        "message": {"content": None, **answer.message},
+        "logprobs": None,
+        "finish_reason": answer.finish_reason,
+    }
     envelope = {"id": new.id, "object": "chat.completion", "created": new.created, "model": answer.model}
     return orjson.dumps({**envelope, "choices": [choice], "usage": answer.usage})
 
 
 def events(answer: Answer, new: Identity, include_usage: bool) -> bytes:
     """The answer as a stream: a chunk with the role, one with the text, one with the end, then usage if wanted."""
-    text = {key: value for key, value in answer.message.items() if key != "role"}
+    text = {key: value for key, value in answer.message.items() if key not in ("role", CALLS)}
+    if calls := answer.message.get(CALLS):
+        text[CALLS] = [{"index": i, **call} for i, call in enumerate(calls)]
     deltas = [({"role": "assistant", "content": ""}, None), (text, None), ({}, answer.finish_reason)]
     envelope = {
         "id": new.id,

@@ -7,10 +7,10 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -21,9 +21,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import conversation, limits
+from gateway.admin import ROUTES, Admin, Ask, Asked
 from gateway.admission import Admitted
 from gateway.cache import Cache, CacheUnavailable
-from gateway.chat import Call, Chat, check_model
+from gateway.cache.curves import Curves
+from gateway.call import Call
+from gateway.chat import Chat, check_model
 from gateway.config import EMBEDDER, Config, Listen, Model
 from gateway.contract import Contract
 from gateway.dialects import CHAT, FORMS, MESSAGES, Form
@@ -32,11 +35,17 @@ from gateway.errors import ApiError, BodyTooLarge, PartUnavailable, UnknownAnswe
 from gateway.feedback import Feedback
 from gateway.feedback import parse as parse_feedback
 from gateway.lasting import Lasting
+from gateway.matching import Matcher
 from gateway.metrics import CONTENT_TYPE, Metrics
+from gateway.online import Checks
 from gateway.openapi import DOCUMENT
-from gateway.request import is_request_id, parse, parse_cache_control, scope_key, tenant
+from gateway.request import credential, is_request_id, owner, parse, parse_cache_control, scope_key
+from gateway.siblings import VERDICT, taken
 from gateway.triton import Router, TritonUnavailable
 from gateway.upstream import Upstream
+
+if TYPE_CHECKING:
+    from gateway.cache.observations import Observations
 
 log = logging.getLogger("fingerpost")
 
@@ -61,15 +70,28 @@ def create_app(config: Config, contract: Contract, lasting: Lasting) -> Starlett
             if cache is not None:
                 stack.push_async_callback(cache.close)
             dials = await lasting.dials(config, contract)
+            online = config.semantic_cache.online
+            curves = lasting.curves(config, contract) if cache is not None and online.check_share else None
+            matcher = Matcher(router, config.semantic_cache, contract.verification, metrics, curves)
+            checks: Checks | None = None
+            if curves is not None:
+                journal = open_journal(config, contract, curves, metrics)
+                if journal is not None:
+                    stack.push_async_callback(journal.close)
+                checks = Checks(online, curves, router, metrics, journal)
+                stack.push_async_callback(checks.close)
             verdicts = Feedback(config.feedback, config.data_dir, cache, metrics, lasting.ledger)
+            chat = Chat(config, router, cache, upstream, dials, verdicts, metrics, matcher, checks)
+            admin = Admin(config, router, cache, matcher, chat, metrics, lasting.siblings)
             yield {
                 "lasting": lasting,
                 "config": config,
                 "contract": contract,
                 "metrics": metrics,
-                "chat": Chat(config, router, cache, upstream, dials, verdicts, metrics),
+                "chat": chat,
                 "feedback": verdicts,
-                "dials": dials,
+                "admin": admin,
+                "answers": {VERDICT: partial(taken, verdicts.take), **admin.answers},
                 "router": router,
                 "cache": cache,
                 "upstream": upstream,
@@ -89,6 +111,7 @@ def create_app(config: Config, contract: Contract, lasting: Lasting) -> Starlett
             Route("/health", health, methods=["GET"]),
             Route("/ready", ready, methods=["GET"]),
             Route("/metrics", exposition, methods=["GET"]),
+            *(Route(path, partial(operate, asks), methods=list(asks)) for path, asks in ROUTES.items()),
         ],
         middleware=[
             Middleware(Counted, metrics=metrics),
@@ -123,10 +146,19 @@ def open_cache(config: Config, contract: Contract, lasting: Lasting) -> Cache | 
         config.milvus,
         namespace=contract.embedder,
         dimension=contract.dimension,
-        ttl_seconds=settings.ttl_seconds,
+        ttl_seconds=config.longest_ttl_seconds,
         eviction_policy=settings.eviction_policy,
         metrics=lasting.metrics,
     )
+
+
+def open_journal(config: Config, contract: Contract, curves: Curves, metrics: Metrics) -> Observations | None:
+    """What keeps observations and shares them; None when the cache is this process's own."""
+    if config.semantic_cache.backend_type == "memory":
+        return None
+    from gateway.cache.observations import Observations
+
+    return Observations(config.milvus, f"{contract.embedder}_{contract.verifier}", curves.observe, metrics)
 
 
 async def answer(form: Form, request: Request) -> Response:
@@ -140,7 +172,7 @@ async def answer(form: Form, request: Request) -> Response:
 async def route(request: Request) -> Response:
     """What `/v1/chat/completions` would do with this body, without asking an LLM."""
     call = await _call(request, CHAT)
-    found = await request.state.chat.route(call.request, call.admission.tenant, call.form)
+    found = await request.state.chat.route(call)
     reading = found.reading
     return JSONResponse(
         {
@@ -194,6 +226,14 @@ async def feedback(request: Request) -> Response:
             raise
         taken = await state.lasting.siblings.take(who, verdict)
     return JSONResponse(taken, headers=_named(request))
+
+
+async def operate(asks: Mapping[str, Ask], request: Request) -> Response:
+    """What operators ask of the cache."""
+    asked = Asked(await _body(request, request.state.config.listen), request.path_params, request.query_params)
+    response = await asks["GET" if request.method == "HEAD" else request.method](request.state.admin, asked)
+    response.headers.update(_named(request))
+    return response
 
 
 async def openapi(request: Request) -> Response:
@@ -271,9 +311,7 @@ async def ready(request: Request) -> Response:
 
 
 async def exposition(request: Request) -> Response:
-    request.state.upstream.publish()
-    request.state.dials.publish()
-    request.state.metrics.tasks.set(len(asyncio.all_tasks()))
+    request.state.chat.publish()
     return Response(request.state.metrics.exposition(), media_type=CONTENT_TYPE)
 
 
@@ -306,13 +344,15 @@ async def _call(request: Request, form: Form) -> Call:
     if request.state.config.log_prompts:
         asked = chat_request.question[:MAX_LOGGED_CHARACTERS]
         log.info("%s: %s asks %r", request.state.request_id, admission.tenant or "somebody", asked)
-    scope = scope_key(chat_request, who)
-    return Call(request.state.request_id, chat_request, scope, control, started, admission, who, form)
+    sharing = request.state.config.semantic_cache.scope
+    scope = scope_key(chat_request, owner(chat_request, sharing, who, credential(request.headers)))
+    reason = request.state.chat.cacheable(chat_request)
+    return Call(request.state.request_id, chat_request, scope, control, reason, started, admission, who, form)
 
 
 def _who(request: Request) -> str:
     """Who asks, in so many words or as a digest of the credential."""
-    return request.state.admission.tenant or tenant(request.headers)
+    return request.state.admission.tenant or credential(request.headers)
 
 
 async def _body(request: Request, listen: Listen) -> bytes:

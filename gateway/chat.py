@@ -2,86 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from urllib.parse import quote
 
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+import orjson
+from starlette.responses import Response
 
 from gateway import answer as answers
-from gateway import conversation, overrides, policy, sse
+from gateway import conversation, overrides, policy
 from gateway.answer import Answer
-from gateway.cache import Cache, CacheUnavailable, Entry, Hit, Origin
+from gateway.cache import Cache, CacheUnavailable, Entry, Origin
+from gateway.cacheable import uncacheable
+from gateway.call import Call, Found, Relay, Route
 from gateway.config import NAMED_RULE, Config, Model, Overrides
 from gateway.dial import Dials
 from gateway.dialects import CHAT, Form
-from gateway.errors import UnknownModel
+from gateway.errors import ApiError, UnknownModel
 from gateway.feedback import Feedback
+from gateway.flights import Flights
+from gateway.matching import NO_MATCH, Match, Matcher, Proposal
 from gateway.metrics import Metrics
+from gateway.online import Checks
 from gateway.reader import Reader
-from gateway.request import CacheControl, ChatRequest, question_key, upstream_body
+from gateway.request import FORM_FIELDS, ChatRequest, parse, upstream_body
+from gateway.streams import Follower, LeftBehind, Listeners, Stream
 from gateway.tenants import Admission
 from gateway.triton import Reading, Router
-from gateway.upstream import Reply, Upstream, UpstreamBroken
-from gateway.usage import by_kind
+from gateway.upstream import Upstream, UpstreamBroken
+from gateway.usage import by_kind, usage
 
 log = logging.getLogger("fingerpost")
 
-MAX_FRAME_BYTES = 8 * 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A request and what is asked of the gateway beside it."""
-
-    id: str
-    request: ChatRequest
-    scope: str
-    control: CacheControl
-    started: float  # time.perf_counter() when it came in
-    admission: Admission  # of the tenant that asks
-    tenant: str  # who asks: its name, or a digest of the credential where there are no tenants
-    form: Form = CHAT
-
-    @property
-    def key(self) -> str:
-        return question_key(self.scope, self.request.question)
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Where a prompt goes, and why."""
-
-    model: Model
-    rule: str
-    reason: str  # why this model, in words
-    reading: Reading | None  # None: not needed, or Triton is down
-    quality: Mapping[str, float]  # model -> predicted probability that its answer is right, where it can be told
-    uncacheable: str | None  # why the answer is neither replayed nor stored
-    overrides: Overrides = policy.NO_OVERRIDES  # what the rule changes in the request
-    pulls: Mapping[str, policy.Pull] = field(default_factory=dict)  # what the request tells the dials, by rule
-
-    @property
-    def origin(self) -> Origin:
-        category, complexity = (self.reading.category, self.reading.complexity) if self.reading else (None, None)
-        return Origin(self.model.name, self.rule, category, complexity)
-
-
-class Relay(StreamingResponse):
-    """A stream whose upstream is let go of however it ends, also when the client leaves before the first byte."""
-
-    def __init__(self, content: AsyncIterator[bytes], reply: Reply, headers: dict[str, str]) -> None:
-        super().__init__(content, status_code=reply.status, headers=headers)
-        self._reply = reply
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._reply.close()
+MAX_VERDICT_TOKENS = 8
 
 
 class Chat:
@@ -96,6 +54,8 @@ class Chat:
         dials: Dials,
         feedback: Feedback,
         metrics: Metrics,
+        matcher: Matcher,
+        checks: Checks | None = None,
     ) -> None:
         self._config = config
         self._reader = Reader(router, metrics)
@@ -104,6 +64,9 @@ class Chat:
         self._dials = dials
         self._feedback = feedback
         self._metrics = metrics
+        self._matcher = matcher
+        self._checks = checks
+        self._flights: Flights[Found] = Flights()
 
     async def answer(self, call: Call) -> Response:
         """Replay the answer to the same question, else to one that means the same, else have a model generate it.
@@ -111,22 +74,42 @@ class Chat:
         Where rules change what is asked, it is known after the decision only what the question is.
         """
         policy_asked = self._config.aliases.get(call.request.model)
-        changes = policy_asked is not None and policy_asked.has_overrides
-        if not changes and (exact := await self._same_question(call)):
-            return self._replay(call, "hit-exact", Hit(exact, 1.0))
-        route = await self.route(call.request, call.admission.tenant, call.form)
-        if changes:
+        route: Route | None = None
+        if policy_asked is not None and policy_asked.has_overrides:
+            route = await self.route(call)
             call = _changed(call, route.overrides)
-            if exact := await self._same_question(call):
-                return self._replay(call, "hit-exact", Hit(exact, 1.0))
-        if hit := await self._same_meaning(call, route):
-            return self._replay(call, "hit-semantic", hit)
-        self._dials.observe(call.request.model, route.pulls)
-        return await self._generate(call, route)
+        if exact := await self._same_question(call):
+            return self._replay(call, "hit-exact", exact)
+        if self._cache is None or not call.may_be_shared:
+            return self._own(call, await self._find(call, route))
+        if (flight := self._flights.find(call.key)) is None:
+            flight = self._flights.start(call.key, self._find(call, route))
+            with flight.boarded() as found:
+                return self._own(call, await found)
+        with flight.boarded() as found:
+            response = await self._joined(call, found)
+        return response or self._own(call, await self._find(call, route))
 
-    async def route(self, request: ChatRequest, tenant: str | None = None, form: Form = CHAT) -> Route:
+    def cacheable(self, request: ChatRequest) -> str | None:
+        """Why the answer is neither replayed nor stored."""
+        if self._cache is None:
+            return "the cache is not enabled"
+        return uncacheable(request, self._config.semantic_cache)
+
+    async def _find(self, call: Call, route: Route | None) -> Found:
+        """The answer to a question that means the same, else that of a model."""
+        route = route or await self.route(call)
+        match = await self._same_meaning(call, route)
+        if match.served is not None:
+            if self._checks is not None:
+                self._checks.of_hit(call.request.question, match.served, partial(self._anew, call, route), self._say)
+            return Found(route, match.served)
+        self._dials.observe(call.request.model, route.pulls)
+        return await self._generate(call, route, match.best)
+
+    async def route(self, call: Call) -> Route:
         """Decide who answers; asks no LLM. The model asked for is known, see `check_model`."""
-        uncacheable = request.uncacheable if self._cache is not None else "the cache is not enabled"
+        request, uncacheable = call.request, call.uncacheable
         is_alias = request.model in self._config.aliases
         turns = conversation.turns(request.messages) if is_alias else ()
         texts = {turn.read for turn in turns if turn.read}
@@ -140,7 +123,7 @@ class Chat:
         reading = _reading(request, turns, readings or {})
         if reading is not None:
             self._metrics.categories.labels(reading.category).inc()
-        decision = self._decide(request, tenant, form, turns, readings or {})
+        decision = self._decide(request, call.admission.tenant, call.form, turns, readings or {})
         model = self._config.model(decision.model)
         assert model is not None  # rules name known models, and so does the request
         return Route(
@@ -152,7 +135,15 @@ class Chat:
             uncacheable,
             decision.overrides,
             decision.pulls,
+            decision.cache_ttl_seconds,
         )
+
+    def publish(self) -> None:
+        """Bring the gauges up to date."""
+        self._upstream.publish()
+        self._dials.publish()
+        self._matcher.publish()
+        self._metrics.tasks.set(len(asyncio.all_tasks()))
 
     def _quality(self, reading: Reading | None) -> dict[str, float]:
         """Predicted quality by model, of those whose ability is known."""
@@ -200,7 +191,7 @@ class Chat:
         )
 
     async def _same_question(self, call: Call) -> Entry | None:
-        if self._cache is None or call.request.uncacheable or not call.control.lookup:
+        if self._cache is None or call.uncacheable or not call.control.lookup:
             return None
         try:
             with self._metrics.lookup_seconds.labels("exact").time():
@@ -209,37 +200,78 @@ class Chat:
             self._metrics.degradations.labels("cache").inc()
             return None
 
-    async def _same_meaning(self, call: Call, route: Route) -> Hit | None:
+    async def _same_meaning(self, call: Call, route: Route) -> Match:
         if self._cache is None or route.uncacheable or route.reading is None or not call.control.lookup:
-            return None
-        threshold = self._config.semantic_cache.similarity_threshold
+            return NO_MATCH
         try:
             with self._metrics.lookup_seconds.labels("semantic").time():
-                return await self._cache.search(call.scope, route.reading.embedding, threshold)
+                near = await self._cache.search(call.scope, route.reading.embedding, self._matcher.floor)
         except CacheUnavailable:
             self._metrics.degradations.labels("cache").inc()
-            return None
+            return NO_MATCH
+        return await self._matcher.match(call.request.question, near)
 
-    def _replay(self, call: Call, outcome: str, hit: Hit) -> Response:
+    def _own(self, call: Call, found: Found) -> Response:
+        """What was found, for the one that it was found for."""
+        if found.match is not None:
+            return self._replay(call, found.outcome, found.match.entry, found.match)
+        assert found.reply is not None
+        if found.stream is not None:
+            return self._relay(call, found, found.stream, dict(found.headers))
+        return Response(found.reply.body, status_code=found.reply.status, headers=dict(found.headers))
+
+    async def _joined(self, call: Call, flight: asyncio.Future[Found]) -> Response | None:
+        """What another request for the same has led to; None when that is nothing to share."""
+        try:
+            found = await flight
+            if found.match is not None:
+                return self._replay(call, found.outcome, found.match.entry, found.match)
+            if found.stream is None:
+                answer = found.answer
+            elif call.request.stream and found.options == _options(call.request, wants_usage=found.wants_usage):
+                return self._relay(call, found, found.stream, self._joins(call, found))
+            else:
+                answer = self._kept(await found.stream.read_all())
+        except (ApiError, UpstreamBroken):
+            return None
+        return self._replay(call, "joined", self._entry(call, found.route, answer)) if answer else None
+
+    def _joins(self, call: Call, found: Found) -> dict[str, str]:
+        """Count it; its headers."""
+        call.admission.spent(0)
+        self._metrics.cache.labels("joined").inc()
+        self._metrics.first_byte_seconds.labels("joined").observe(time.perf_counter() - call.started)
+        self._remember(
+            call, found.stream.id if found.stream else None, found.route.model.name, call.key, for_training=False
+        )
+        passed_on = found.reply.headers if found.reply else {}
+        told = {"x-fingerpost-upstream-tokens": "0"}
+        return {**passed_on, **_headers(call, "joined", found.route.origin), **told}
+
+    def _replay(self, call: Call, outcome: str, entry: Entry, match: Proposal | None = None) -> Response:
         """A stored answer, as JSON or as a stream, whichever is asked for."""
-        entry, request = hit.entry, call.request
+        request = call.request
         self._count_hit(call, outcome, entry)
         call.admission.spent(0)
         headers = _headers(call, outcome, entry.origin)
-        if outcome == "hit-semantic":
-            headers["x-fingerpost-similarity"] = f"{hit.similarity:.4f}"
+        if match is not None:
+            headers["x-fingerpost-similarity"] = f"{match.similarity:.4f}"
+            headers["x-fingerpost-confidence"] = f"{match.probability:.4f}"
+            assert self._cache is not None
+            self._cache.used(entry.key)
         headers["x-fingerpost-upstream-tokens"] = "0"
         new = answers.Identity(call.form.id_prefix + call.id, int(time.time()))
-        same = outcome == "hit-exact"  # how good another question's answer is here tells nothing of the model
+        same = match is None  # how good another question's answer is here tells nothing of the model
         self._remember(call, new.id, entry.origin.model, entry.key, for_training=same)
         if request.stream:
             body = call.form.stream(entry.answer, new, request.include_usage)
             return Response(body, headers=headers, media_type="text/event-stream")
         return Response(call.form.replay(entry.answer, new), headers=headers, media_type="application/json")
 
-    async def _generate(self, call: Call, route: Route) -> Response:
+    async def _generate(self, call: Call, route: Route, near: Proposal | None) -> Found:
+        """`near`: the best that the cache had, which was not good enough."""
         outcome = "bypass" if route.uncacheable or not call.control.lookup else "miss"
-        store = route.uncacheable is None and call.control.store
+        store = route.uncacheable is None and call.control.store and route.cache_ttl_seconds != 0
         want_usage = (store or call.admission.meters_tokens) and call.form.asks_usage
 
         def body(model: Model) -> bytes:
@@ -248,9 +280,8 @@ class Chat:
         models, stream = self._models(call, route), call.request.stream
         reply = await self._upstream.send(models, body, call.id, path=call.form.path, stream=stream)
         chosen, route = route.model, replace(route, model=reply.model)
-        store = store and policy.size(route.model) >= policy.size(
-            chosen
-        )  # else a smaller one's answer would outlast it
+        if policy.size(route.model) < policy.size(chosen):
+            store = False  # the answer would be given when the larger model is back
         self._metrics.routed.labels(route.rule, route.model.name).inc()
         self._metrics.cache.labels(outcome).inc()
         self._metrics.first_byte_seconds.labels(outcome).observe(time.perf_counter() - call.started)
@@ -260,15 +291,20 @@ class Chat:
         if chosen is not route.model:
             headers["x-fingerpost-fallback-for"] = chosen.name
         if reply.is_stream:
-            keep_usage = call.request.include_usage or not want_usage
-            return Relay(self._tee(call, route, reply, store=store, keep_usage=keep_usage), reply, headers)
+            assembly = call.form.assembly() if store else answers.Unread()
+            opened = Stream(reply, assembly, self._listeners(call, route, near))
+            options = _options(call.request, wants_usage=want_usage)
+            return Found(route, None, outcome, reply, opened, None, headers, want_usage, options)
         reply.close()
         call.admission.read(reply.body)
+        answer: Answer | None = None
         if reply.status == 200:
+            answer = self._kept(call.form.whole(reply.body)) if store else None
             self._count_tokens(route.model, call.admission.usage)
-            key = self._finish(call, route, call.form.whole(reply.body) if store else None, store=store)
+            self._settle(call)
+            key = self._store(call, route, answer, near)
             self._remember(call, answers.response_id(reply.body), route.model.name, key)
-        return Response(reply.body, status_code=reply.status, headers=headers)
+        return Found(route, None, outcome, reply, None, answer, headers)
 
     def _models(self, call: Call, route: Route) -> list[Model]:
         """The chosen model and those of its fallbacks that the conversation fits into, with its answer.
@@ -283,61 +319,123 @@ class Chat:
         fitting = [model for model in fallbacks if tokens <= model.context_window]
         return [route.model, *(model for model in fitting if not is_named or call.admission.allows(model.name))]
 
-    async def _tee(
-        self, call: Call, route: Route, reply: Reply, *, store: bool, keep_usage: bool
-    ) -> AsyncIterator[bytes]:
-        """The stream as it comes, event by event; the answer is kept only when it is whole.
+    def _listeners(self, call: Call, route: Route, near: Proposal | None) -> Listeners:
+        """What becomes of a stream while it is read."""
+        is_counted = False
 
-        A usage chunk that the gateway asked for and the client did not is left out.
-        """
-        splitter, finished = sse.FrameSplitter(), False
-        assembly = call.form.assembly() if store else answers.Unread()
+        def count() -> None:
+            nonlocal is_counted
+            if not is_counted:
+                is_counted = True
+                self._count_tokens(route.model, call.admission.usage)
+
+        def named(id: str) -> None:
+            self._remember(call, id, route.model.name, None)
+
+        def whole(answer: Answer | None, id: str | None) -> None:
+            count()
+            self._remember(call, id, route.model.name, self._store(call, route, answer, near))
+
+        def over() -> None:
+            count()
+            self._settle(call)
+
+        return Listeners(call.admission.read, named, whole, over)
+
+    def _settle(self, call: Call) -> None:
+        """Charge what was generated after the request had ended, for others that joined it."""
+        late = call.admission.over()
+        if call.admission.tenant is not None:
+            self._metrics.tenant_tokens.labels(call.admission.tenant).inc(max(0, late))  # a counter takes nothing back
+
+    def _relay(self, call: Call, found: Found, stream: Stream, headers: dict[str, str]) -> Relay:
+        reader = stream.join()
+        keep_usage = call.request.include_usage or not found.wants_usage
+        content = self._passed_on(call, stream, reader, keep_usage=keep_usage)
+        return Relay(content, reader, stream.reply.status, headers)
+
+    async def _passed_on(
+        self, call: Call, stream: Stream, reader: Follower, *, keep_usage: bool
+    ) -> AsyncIterator[bytes]:
+        """The stream as it comes, event by event; a usage chunk that only the gateway asked for is left out."""
         passing = answers.Passing(keep_usage=keep_usage)
-        response_id: str | None = None
         try:
-            async for chunk in reply.chunks():
-                frames = splitter.feed(chunk)
-                if splitter.pending > MAX_FRAME_BYTES:
-                    raise UpstreamBroken(f"an event is longer than {MAX_FRAME_BYTES} bytes")
-                if response_id is None and (response_id := answers.response_id(b"".join(frames))):
-                    self._remember(call, response_id, route.model.name, None)
-                kept = b"".join([_read(call, frame, assembly, passing) for frame in frames])
-                if assembly.done and not finished:  # before the client sees it, who may leave or ask again at once
-                    finished = True
-                    self._count_tokens(route.model, call.admission.usage)
-                    key = self._finish(call, route, assembly.answer(), store=store)
-                    self._remember(call, response_id, route.model.name, key)
-                if kept:
+            async for events in reader:
+                if kept := b"".join([passing.feed(event.frame, event.payload) for event in events]):
                     yield kept
-        except UpstreamBroken as error:
-            log.warning("%s: model %s broke off a stream: %s", call.id, route.model.name, error)
+        except (UpstreamBroken, LeftBehind) as error:
+            broken = f"model {stream.reply.model.name} broke off a stream"
+            what = broken if isinstance(error, UpstreamBroken) else "the client of a stream is left behind"
+            log.warning("%s: %s: %s", call.id, what, error)
             yield passing.flush()
             raise
-        finally:
-            if not finished:
-                self._count_tokens(route.model, call.admission.usage)
-        yield passing.flush() + splitter.flush()
+        yield passing.flush() + stream.rest
 
-    def _finish(self, call: Call, route: Route, answer: Answer | None, *, store: bool) -> str | None:
-        """Store a generated answer if it is whole and may be; its key in the cache if so."""
-        if answer is None or self._cache is None or route.reading is None or not store:
-            return None
-        self._cache.put(
-            Entry(
-                key=call.key,
-                scope=call.scope,
-                question=call.request.question,
-                embedding=route.reading.embedding,
-                answer=answer,
-                origin=route.origin,
-                expires_at=time.time() + self._config.semantic_cache.ttl_seconds,
-            )
+    def _entry(self, call: Call, route: Route, answer: Answer) -> Entry:
+        assert route.reading is not None
+        settings, now = self._config.semantic_cache, time.time()
+        ttl = settings.ttl_seconds if route.cache_ttl_seconds is None else route.cache_ttl_seconds
+        if call.control.ttl_seconds is not None:
+            ttl = min(ttl, call.control.ttl_seconds)
+        return Entry(
+            key=call.key,
+            scope=call.scope,
+            tenant=call.tenant,
+            question=call.request.question,
+            embedding=route.reading.embedding,
+            answer=answer,
+            origin=route.origin,
+            created_at=now,
+            expires_at=now + ttl,
         )
+
+    def _kept(self, answer: Answer | None) -> Answer | None:
+        """The answer, if it may be replayed to others."""
+        calls_tools = answer is not None and answer.finish_reason == answers.CALLS
+        return None if calls_tools and not self._config.semantic_cache.store_tool_calls else answer
+
+    def _store(self, call: Call, route: Route, answer: Answer | None, near: Proposal | None) -> str | None:
+        """Store a generated answer if there is one that may be; its key in the cache if so."""
+        answer = self._kept(answer)
+        if answer is None or self._cache is None or route.reading is None:
+            return None
+        self._cache.put(self._entry(call, route, answer))
+        if self._checks is not None:
+            self._checks.renewed(call.key)
+            if near is not None:
+                self._checks.of_miss(call.request.question, near, answer, self._say)
         return call.key
+
+    async def _anew(self, call: Call, route: Route) -> Answer | None:
+        """The model's own answer to what was answered from the cache."""
+        body = {key: value for key, value in call.request.body.items() if key not in FORM_FIELDS}
+        request = replace(call.request, body=body, stream=False)
+        return await self._generated(route.model, request, call.form)
+
+    async def _say(self, name: str, text: str) -> str | None:
+        """What a model says to a text."""
+        model = self._config.model(name)
+        assert model is not None  # the configuration was checked
+        asked = {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": MAX_VERDICT_TOKENS}
+        request = parse(orjson.dumps({"model": name, **asked}))
+        answer = await self._generated(model, request, CHAT)
+        return str(answer.message.get("content")) if answer else None
+
+    async def _generated(self, model: Model, request: ChatRequest, form: Form) -> Answer | None:
+        """For the gateway itself. Raises what `Upstream.send` does."""
+
+        def body(model: Model) -> bytes:
+            return upstream_body(request, model.name, want_usage=False)
+
+        reply = await self._upstream.send([model], body, f"check-{uuid.uuid4().hex}", path=form.path)
+        reply.close()
+        self._count_tokens(model, usage(reply.body))
+        return form.whole(reply.body) if reply.status == 200 else None
 
     def _remember(self, call: Call, id: str | None, model: str, key: str | None, *, for_training: bool = True) -> None:
         """The answer may be judged by this id or that of the call; `for_training`: the verdict may be recorded."""
-        turns = conversation.turns(call.request.messages) if for_training and self._feedback.records else ()
+        for_training = for_training and self._feedback.records and self._config.model(model) is not None
+        turns = conversation.turns(call.request.messages) if for_training else ()
         text = turns[-1].read if turns else ""
         self._feedback.remember(call.tenant, (call.id, id), model=model, key=key, text=text)
 
@@ -354,12 +452,11 @@ class Chat:
             self._metrics.saved.labels(model.name).inc(saved / 1e6)
 
 
-def _read(call: Call, frame: bytes, assembly: answers.Assembly, passing: answers.Passing) -> bytes:
-    """Read an event of the stream; what goes to the client now."""
-    payload = sse.data(frame)
-    call.admission.read(payload)
-    assembly.add(payload)
-    return passing.feed(frame, payload)
+def _options(request: ChatRequest, *, wants_usage: bool) -> dict[str, object]:
+    """What a stream is asked for, but for its usage where that is asked for anyway and left out where it must be."""
+    options = request.body.get("stream_options") or {}
+    others = {key: value for key, value in options.items() if key != "include_usage" and request.include_usage}
+    return others if wants_usage else {**others, "include_usage": request.include_usage}
 
 
 def _changed(call: Call, changes: Overrides) -> Call:

@@ -21,6 +21,7 @@ from gateway import certificates
 from gateway.checked import ConfigError as ConfigError
 from gateway.checked import Section, line, read, validate
 from gateway.regex import Regex
+from gateway.request import BYTES_PER_TOKEN
 from gateway.values import (
     Address,
     Amount,
@@ -45,7 +46,16 @@ EMBEDDER = "embedder"  # what /v1/embeddings is asked for
 DEFAULT_RULE = "default"  # none of the rules held
 NAMED_RULE = "named"  # the client asked for a model by its name
 BUILT_IN_RULES = (DEFAULT_RULE, NAMED_RULE)
-RESERVED_FIELDS = ("key", "scope", "question", "answer", "expires_at")  # of the collection, beside the vector
+RESERVED_FIELDS = (  # of the collection, beside the vector
+    "key",
+    "scope",
+    "tenant",
+    "model",
+    "question",
+    "answer",
+    "created_at",
+    "expires_at",
+)
 
 IndexType = Literal[
     "HNSW", "FLAT", "IVF_FLAT", "IVF_SQ8", "IVF_PQ", "SCANN", "DISKANN", "AUTOINDEX", "GPU_IVF_FLAT", "GPU_CAGRA"
@@ -312,9 +322,9 @@ class Overrides(Section):
 
     @property
     def added_tokens(self) -> int:
-        """By the system prompt, at 4 bytes a token."""
+        """By the system prompt, estimated."""
         prompt = self.system_prompt
-        return len((prompt.prepend or prompt.replace or "").encode()) // 4 if prompt else 0
+        return len((prompt.prepend or prompt.replace or "").encode()) // BYTES_PER_TOKEN if prompt else 0
 
 
 class Rule(Overrides):
@@ -326,6 +336,7 @@ class Rule(Overrides):
     cheapest_within: Unit | None = None
     among: tuple[str, ...] = ()
     share: Share | None = None
+    cache_ttl_seconds: Annotated[int, Number, Field(ge=0)] | None = None  # 0: what it decides is not stored
 
 
 class Policy(Section):
@@ -339,14 +350,29 @@ class Policy(Section):
         return any(rule.changes for rule in self.rules)
 
 
+class Online(Section):
+    """Of hits, `check_share` is also sent to the model, and what the answers say is compared. 0: none."""
+
+    check_share: Unit = 0.0
+    judge: str | None = None  # a model that is asked whether two answers say the same; without one, their embeddings
+    answer_similarity: Unit = 0.9  # cosine from which two answers say the same, where there is no judge
+    concurrent_checks: Positive = 4
+
+
 class SemanticCache(Section):
     enabled: bool = True
     backend_type: Literal["memory", "milvus"] = "memory"
     backend_config_path: Path | None = None
-    similarity_threshold: Unit = 0.8
+    scope: Literal["tenant", "user", "global"] = "tenant"
+    max_error_rate: Annotated[float, Number, Field(gt=0, le=0.5)] = 0.01
+    similarity_threshold: Unit | None = None
+    online: Online = Online()
     max_entries: Positive = 1000
     ttl_seconds: Positive = 3600
     eviction_policy: Literal["fifo", "lru", "lfu"] = "fifo"
+    max_temperature: Amount = 1.0
+    bypass_time_dependent: bool = True
+    store_tool_calls: bool = False
 
 
 class Feedback(Section):
@@ -429,6 +455,8 @@ class Index(Section):
 class Collection(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z_]\w{0,200}$")] = "semantic_cache"
     description: str = ""
+    max_entries: Positive | None = None
+    partitions: Annotated[int, Number, Field(ge=1, le=1024)] | None = None
     vector_field: VectorField = VectorField()
     index: Index = Index()
 
@@ -500,6 +528,12 @@ class Config(Section):
         keys = {alias: f"policies.{alias}" for alias in self.policies}
         return {AUTO: "policy", **keys} if self.policy else keys
 
+    @property
+    def longest_ttl_seconds(self) -> int:
+        """Of the cache, for any answer."""
+        rules = (rule.cache_ttl_seconds or 0 for policy in self.aliases.values() for rule in policy.rules)
+        return max(self.semantic_cache.ttl_seconds, *rules, 0)
+
     def model(self, name: str) -> Model | None:
         return next((model for model in self.models if model.name == name), None)
 
@@ -527,6 +561,9 @@ def load(path: str | os.PathLike[str]) -> Config:
         if milvus.connection.is_file and config.listen.workers > 1:
             words = "a file of Milvus Lite takes one process, and listen.workers is more"
             raise ConfigError(line(backend, "connection.uri", milvus.connection.uri, words))
+        if milvus.connection.is_file and milvus.collection.partitions is not None:
+            words = "a file of Milvus Lite has no partitions"
+            raise ConfigError(line(backend, "collection.partitions", milvus.collection.partitions, words))
     return config
 
 
@@ -559,6 +596,8 @@ def _inconsistencies(config: Config) -> Iterator[tuple[str, object, str]]:
     cache = config.semantic_cache
     if cache.backend_type == "milvus" and cache.backend_config_path is None:
         yield "semantic_cache.backend_config_path", None, "missing: backend_type milvus needs it"
+    if cache.online.judge is not None and cache.online.judge not in names:
+        yield "semantic_cache.online.judge", cache.online.judge, f"unknown model (known: {', '.join(names)})"
 
 
 def _exposed(config: Config) -> Iterator[tuple[str, object, str]]:

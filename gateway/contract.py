@@ -40,12 +40,39 @@ class Ability(_Described):
         return 0.5 * (1 + math.tanh(0.5 * logit))  # the sigmoid, in a form that never overflows
 
 
+class Threshold(_Described):
+    """From this score on, wrong answers were surely no more than `max_error_rate` of those served."""
+
+    max_error_rate: Annotated[float, Field(gt=0, lt=1)]
+    score: Real  # log-odds
+
+
+class Verification(_Described):
+    """When an answer to a cached question serves another one, as fitted on labelled pairs."""
+
+    floor: Unit  # similarity below which none is worth verifying
+    alike: Unit  # similarity from which questions in the same words need no verifying
+    similarity_weight: Annotated[float, Field(ge=0)] = 0.0  # log-odds for each unit of similarity
+    thresholds: Annotated[tuple[Threshold, ...], Field(min_length=1)]
+
+    def score(self, said: float, similarity: float) -> float:
+        """What the verifier said, less for what the similarity lacks to 1: what serves is also near."""
+        return said - self.similarity_weight * (1 - similarity)
+
+    def threshold(self, max_error_rate: float) -> float:
+        """The score of the highest error rate that is allowed; infinite when none of those measured is."""
+        allowed = [each for each in self.thresholds if each.max_error_rate <= max_error_rate]
+        return max(allowed, key=lambda each: each.max_error_rate).score if allowed else math.inf
+
+
 @dataclass(frozen=True, slots=True)
 class Contract:
     labels: tuple[str, ...]  # the categories, in the order of the classifier's scores
     dimension: int  # of the embedding
     embedder: str  # fingerprint of the embedder's weights: vectors of two are never compared
     classifier: str  # fingerprint of the classifier's weights
+    verifier: str  # fingerprint of the verifier's weights
+    verification: Verification
     abstention: Abstention | None = None
     difficulty: int | None = None  # K, the dimension of a prompt's difficulty
     abilities: Mapping[str, Ability] = field(default_factory=dict)  # by the name they were fitted under
@@ -79,14 +106,19 @@ class _Classifier(_Manifest):
     abilities: dict[str, Ability] = Field(default_factory=dict)
 
 
+class _Verifier(_Manifest):
+    verification: Verification
+
+
 M = TypeVar("M", bound=_Manifest)
 
 
 def read(repository: Path) -> Contract:
-    """Read both manifests; raises `ConfigError` naming the file that is missing or wrong."""
+    """Read the manifests; raises `ConfigError` naming the file that is missing or wrong."""
     embedder = _manifest(_Embedder, repository / "embedder/weights/manifest.json")
     path = repository / "classifier/weights/manifest.json"
     classifier = _manifest(_Classifier, path)
+    verifier = _manifest(_Verifier, repository / "verifier/weights/manifest.json")
     problems = [line(path, *problem) for problem in _inconsistencies(classifier)]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -95,6 +127,8 @@ def read(repository: Path) -> Contract:
         dimension=embedder.dimension,
         embedder=embedder.fingerprint,
         classifier=classifier.fingerprint,
+        verifier=verifier.fingerprint,
+        verification=verifier.verification,
         abstention=classifier.abstention,
         difficulty=classifier.difficulty,
         abilities=classifier.abilities,

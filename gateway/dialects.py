@@ -14,12 +14,13 @@ from typing import Any
 import orjson
 
 from gateway import answer as answers
-from gateway import sse
+from gateway import overrides, sse
 from gateway.answer import Answer, Assembly, ChunkAssembly, Identity
 from gateway.errors import BadRequest
 from gateway.request import Body, View, beside, chat_view, checked_messages, typed
 from gateway.usage import by_kind
 
+MESSAGES_USER = ("metadata",)  # its `user_id`
 # What an answer says of the one generation it came from.
 PASSING_FIELDS = ("metrics", "kv_transfer_params", "ec_transfer_params")
 
@@ -75,7 +76,7 @@ def _text_delta(choice: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_text_completion(raw: bytes) -> Answer | None:
-    match _loaded(raw):
+    match answers.loaded(raw):
         case {"model": str(model), "choices": [{"text": str(text), "finish_reason": "stop"}], **rest}:
             return answers.whole(model, {"content": text}, rest.get("usage"))
     return None
@@ -114,7 +115,7 @@ def responses_view(body: Body) -> View:
         raise BadRequest(f"input {words}", param="input")
     turns = [_turn(item, f"input[{i}]") for i, item in enumerate(items)]
     system = [{"role": "system", "content": instructions}] if instructions else []
-    return View([*system, *turns], ["responses", *beside(body, "input", items)], _stateful(body))
+    return View([*system, *turns], ["responses", *beside(body, "input", items, ())], _stateful(body), ())
 
 
 def _stateful(body: Body) -> str | None:
@@ -157,7 +158,7 @@ def _part(part: object, path: str) -> Body:
 
 
 def from_response(raw: bytes) -> Answer | None:
-    return _response(_loaded(raw))
+    return _response(answers.loaded(raw))
 
 
 def _response(response: Any) -> Answer | None:
@@ -259,11 +260,12 @@ def messages_view(body: Body) -> View:
         system = _content(system, "system")
     messages = checked_messages(body)
     before = [{"role": "system", "content": system}] if system else []
-    return View([*before, *messages], ["messages", *beside(body, "messages", messages)])
+    around = beside(body, "messages", messages, MESSAGES_USER)
+    return View([*before, *messages], ["messages", *around], user_fields=MESSAGES_USER)
 
 
 def from_message(raw: bytes) -> Answer | None:
-    match _loaded(raw):
+    match answers.loaded(raw):
         case {
             "type": "message",
             "role": "assistant",
@@ -376,13 +378,6 @@ def _block_events(block: Body, index: int) -> list[Body]:
 # What they share
 
 
-def _loaded(raw: bytes) -> object:
-    try:
-        return orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        return None
-
-
 def _is_text(part: object, kind: str) -> bool:
     """Whether a part is text and nothing beside."""
     if not isinstance(part, dict):
@@ -392,7 +387,7 @@ def _is_text(part: object, kind: str) -> bool:
 
 
 CHAT = Form(
-    path="/v1/chat/completions",
+    path=overrides.CHAT,
     view=chat_view,
     whole=answers.from_completion,
     assembly=ChunkAssembly,
@@ -402,7 +397,7 @@ CHAT = Form(
     asks_usage=True,
 )
 COMPLETIONS = Form(
-    path="/v1/completions",
+    path=overrides.COMPLETIONS,
     view=completions_view,
     whole=from_text_completion,
     assembly=lambda: ChunkAssembly(_text_delta),
@@ -412,7 +407,7 @@ COMPLETIONS = Form(
     asks_usage=True,
 )
 RESPONSES = Form(
-    path="/v1/responses",
+    path=overrides.RESPONSES,
     view=responses_view,
     whole=from_response,
     assembly=ResponseAssembly,
@@ -422,7 +417,7 @@ RESPONSES = Form(
     asks_usage=False,
 )
 MESSAGES = Form(
-    path="/v1/messages",
+    path=overrides.MESSAGES,
     view=messages_view,
     whole=from_message,
     assembly=MessageAssembly,

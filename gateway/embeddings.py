@@ -12,12 +12,12 @@ import orjson
 from gateway.cache import Vector
 from gateway.config import EMBEDDER
 from gateway.errors import BadRequest, UnknownModel
-from gateway.request import BYTES_PER_TOKEN, Body, decode, typed
+from gateway.request import BYTES_PER_TOKEN, Body, check_fields, decode, typed
 from gateway.triton import MAX_CHARACTERS, Embedded, Reading
 
 ENCODINGS = ("float", "base64")
-EMBEDDING_FIELDS = frozenset({"input", "model", "encoding_format", "dimensions", "user"})
-CLASSIFY_FIELDS = frozenset({"input", "model"})
+EMBEDDING_FIELDS = ("dimensions", "encoding_format", "input", "model", "user")
+CLASSIFY_FIELDS = ("input", "model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class EmbeddingRequest:
 def parse_embeddings(raw: bytes, *, dimension: int, most: int) -> EmbeddingRequest:
     """Read the body of POST /v1/embeddings, of at most `most` texts; raises `BadRequest`, `UnknownModel`."""
     body = decode(raw)
-    _check_fields(body, EMBEDDING_FIELDS)
+    check_fields(body, EMBEDDING_FIELDS, "this request")
     model = typed(body, "model", str, "a string", required=True)
     if model != EMBEDDER:
         raise UnknownModel(f"the model {model[:100]!r} gives no embeddings (known: {EMBEDDER})", param="model")
@@ -50,15 +50,9 @@ def parse_embeddings(raw: bytes, *, dimension: int, most: int) -> EmbeddingReque
 def parse_classify(raw: bytes, *, most: int) -> tuple[str, ...]:
     """Read the body of POST /v1/classify; raises `BadRequest` naming the field."""
     body = decode(raw)
-    _check_fields(body, CLASSIFY_FIELDS)
+    check_fields(body, CLASSIFY_FIELDS, "this request")
     typed(body, "model", str, "a string")
     return _texts(body, most)
-
-
-def _check_fields(body: Body, known: frozenset[str]) -> None:
-    if unknown := sorted(body.keys() - known):
-        words = f"{unknown[0][:100]} is not a field of this request ({', '.join(sorted(known))} are)"
-        raise BadRequest(words, param=unknown[0][:100])
 
 
 def _texts(body: Body, most: int) -> tuple[str, ...]:

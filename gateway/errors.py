@@ -6,7 +6,7 @@
     ├── NotAllowed           403  only for who runs the gateway
     ├── ModelNotAllowed      403  the tenant may not use this model
     ├── UnknownModel         404  neither an alias nor a configured model
-    ├── UnknownAnswer        404  feedback on an answer that is not remembered
+    ├── UnknownAnswer        404  feedback on an answer that is not remembered; an entry that is not in the cache
     ├── BodyTooLarge         413  more bytes than listen.max_body_bytes
     ├── LimitReached         429  the tenant has had its requests or tokens for now
     ├── AnswerTooLong        502  a model's answer has more bytes than upstream.max_answer_bytes

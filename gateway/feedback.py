@@ -22,7 +22,7 @@ from gateway import config
 from gateway.cache import Cache, CacheUnavailable
 from gateway.errors import BadRequest, PartUnavailable, UnknownAnswer
 from gateway.metrics import Metrics
-from gateway.request import decode, typed
+from gateway.request import check_fields, decode, typed
 
 log = logging.getLogger("fingerpost")
 
@@ -171,8 +171,7 @@ def _append(path: Path, row: dict[str, Any], max_bytes: int) -> bool:
 def parse(raw: bytes) -> Verdict:
     """Read the body of POST /v1/feedback; raises `BadRequest` naming the field."""
     body = decode(raw)
-    for name in body.keys() - {"id", "good", "comment"}:
-        raise BadRequest(f"{name[:100]} is not a field of feedback (id, good, comment are)", param=name[:100])
+    check_fields(body, ("id", "good", "comment"), "feedback")
     verdict = Verdict(
         typed(body, "id", str, "a string", required=True),
         typed(body, "good", bool, "a boolean", required=True),

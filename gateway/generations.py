@@ -16,9 +16,9 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.app import create_app
 from gateway.config import Config
-from gateway.feedback import Feedback, Verdict
 from gateway.lasting import Lasting
 from gateway.reload import Settings
+from gateway.siblings import Answer
 
 log = logging.getLogger("fingerpost")
 
@@ -53,16 +53,13 @@ class Generation:
                 self._idle.set()
 
     @property
-    def feedback(self) -> Feedback:
-        found = self._state["feedback"]
-        assert isinstance(found, Feedback)
-        return found
+    def answers(self) -> Mapping[str, Answer]:
+        """To what other workers ask, by the question's name."""
+        return cast(Mapping[str, Answer], self._state["answers"])
 
     def publish(self) -> None:
         """Bring its gauges up to date."""
-        self._state["upstream"].publish()
-        self._state["dials"].publish()
-        self._state["metrics"].tasks.set(len(asyncio.all_tasks()))
+        self._state["chat"].publish()
 
     async def retire(self) -> None:
         """Close when no request is under way in it any more, or nobody waits for that any longer."""
@@ -116,13 +113,10 @@ class Generations:
             stack.push_async_callback(self._close)
             await self._current.open()
             if siblings := self._lasting.siblings:
-                await stack.enter_async_context(siblings.answering(self._take))
+                await stack.enter_async_context(siblings.answering(lambda: self._current.answers))
                 publishing = asyncio.create_task(self._publish())
                 stack.callback(publishing.cancel)
             yield {"metrics": self._lasting.metrics}
-
-    async def _take(self, tenant: str, verdict: Verdict) -> dict[str, Any]:
-        return await self._current.feedback.take(tenant, verdict)
 
     async def _close(self) -> None:
         """Close all; nothing is under way any more, or is no longer waited for."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
+from gateway.cache.curves import Curves
 from gateway.cache.memory import MemoryCache
 from gateway.config import Config, Tenant
 from gateway.contract import Contract
@@ -17,6 +18,8 @@ from gateway.metrics import Metrics
 from gateway.siblings import Siblings
 from gateway.tally import Tally
 from gateway.tenants import Tenants
+
+LOOSEST_ERROR_RATE = 0.3  # of single entries: what is less sure is not served, whatever was observed
 
 
 class Lasting:
@@ -29,6 +32,7 @@ class Lasting:
         self._tallies = tallies
         self._memory: dict[tuple[object, ...], MemoryCache] = {}
         self._dials: dict[str, Dials] = {}  # by the classifier whose complexities they count
+        self._curves: dict[tuple[object, ...], Curves] = {}
         self._kept: contextlib.AsyncExitStack = contextlib.AsyncExitStack()
 
     def tenants(self, configured: tuple[Tenant, ...]) -> Tenants:
@@ -42,6 +46,17 @@ class Lasting:
         if kind not in self._memory:
             self._memory = {kind: MemoryCache(settings.max_entries, settings.eviction_policy, contract.dimension)}
         return self._memory[kind]
+
+    def curves(self, config: Config, contract: Contract) -> Curves:
+        """Those there are, as long as they decide by the same; those of a shared cache are read from it anew."""
+        settings = config.semantic_cache
+        threshold = contract.verification.threshold(settings.max_error_rate)
+        loosest = contract.verification.threshold(LOOSEST_ERROR_RATE)
+        kind = (contract.verifier, settings.max_error_rate, threshold, loosest)
+        if kind not in self._curves or settings.backend_type != "memory":
+            new = Curves(threshold=threshold, floor=min(loosest, threshold), max_error_rate=settings.max_error_rate)
+            self._curves = {kind: new}
+        return self._curves[kind]
 
     async def dials(self, config: Config, contract: Contract) -> Dials:
         """Those there are, with what they know; other ones when the classifier is another one."""

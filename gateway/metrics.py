@@ -52,6 +52,12 @@ class Metrics:
         self.tenant_tokens = counter("tenant_tokens", "Tokens generated upstream for a tenant", ["tenant"])
         self.cache = counter("cache_outcomes", "Requests for an answer by what the cache did", ["outcome"])
         self.stores = counter("cache_stores", "Answers by whether Milvus took them", ["outcome"])
+        self.verified = counter("cache_verified", "Lookups that were verified, by what came of it", ["outcome"])
+        self.checks = counter("cache_checks", "Answers compared with the model's, by what came of it", ["outcome"])
+        self.hit_error = highest("cache_error_rate", "Estimated share of wrong answers among hits by meaning")
+        self.hit_error_low = highest("cache_error_rate_low", "Lower end of its 95 % interval")
+        self.hit_error_high = highest("cache_error_rate_high", "Upper end of its 95 % interval")
+        self.hit_threshold = highest("cache_threshold", "Score (log-odds) from which an answer is served")
         self.routed = counter("routed", "Requests sent to a model, by rule", ["rule", "model"])
         self.categories = counter("categories", "Prompts read, by category", ["category"])
         self.degradations = counter("degradations", "Steps left out because a part did not answer", ["part"])
@@ -77,6 +83,7 @@ class Metrics:
         self.feedback_rows = counter("feedback_rows", "Verdicts to be recorded, by whether they were", ["outcome"])
         self.router_seconds = histogram("router_seconds", "The Triton round trip", buckets=_FAST)
         self.lookup_seconds = histogram("cache_lookup_seconds", "One cache lookup", ["kind"], buckets=_FAST)
+        self.verifier_seconds = histogram("verifier_seconds", "The Triton round trip of a verification", buckets=_FAST)
         self.first_byte_seconds = histogram(
             "first_byte_seconds", "From request to first byte of the answer", ["outcome"], buckets=_SLOW
         )

@@ -44,6 +44,12 @@ NUMBER: Json = {"type": "number"}
 COUNT: Json = {"type": "integer", "minimum": 0}
 FLAG: Json = {"type": "boolean"}
 SHARE: Json = {"type": "number", "minimum": 0, "maximum": 1}
+COUNTS: Json = {"type": "object", "additionalProperties": COUNT}
+DIGEST: Json = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+TENANT: Json = {
+    "type": "string",
+    "description": "its name; where none are configured, the SHA-256 of the client's Authorization header, in hex",
+}
 SCORES: Json = {"type": "object", "additionalProperties": SHARE}
 MODEL: Json = {
     "type": "string",
@@ -232,6 +238,99 @@ SCHEMAS: Json = {
         ),
         "description": "what a chat completion with this body would do, and why",
     },
+    "CacheStatistics": closed(
+        ("backend", "caches", "entries", "by_model", "outcomes", "thresholds", "limits"),
+        backend={"enum": ["memory", "milvus"]},
+        caches={**COUNT, "description": "how many there are: in memory each worker has its own"},
+        entries={**COUNT, "description": "in all of them"},
+        by_model={**COUNTS, "description": "model -> entries with its answers; `faq`: those of a warm-up"},
+        outcomes={**COUNTS, "description": "x-fingerpost-cache -> requests, of all workers that were asked"},
+        thresholds=closed(
+            ("max_error_rate", "score", "similarity"),
+            max_error_rate=SHARE,
+            score={**nullable(NUMBER), "description": "log-odds from which an answer is served; null: none is"},
+            similarity={**NUMBER, "description": "cosine below which a question is not compared"},
+        ),
+        limits=closed(
+            ("rows", "bytes"),
+            rows={**COUNT, "description": "that may be put in with one request"},
+            bytes={**COUNT, "description": "that its body may have"},
+        ),
+    ),
+    "CacheLookupRequest": closed(
+        ("request",),
+        request=ref("ChatCompletionRequest"),
+        tenant=nullable(TENANT),
+    ),
+    "CacheLookup": {
+        **closed(
+            ("key", "scope", "eligible", "reason", "exact", "candidates"),
+            key=DIGEST,
+            scope=DIGEST,
+            eligible={**FLAG, "description": "whether the cache may answer"},
+            reason=nullable(STRING),
+            exact=nullable(ref("CacheEntry")),
+            candidates=array(
+                closed(
+                    ("key", "question", "similarity", "score", "probability", "served"),
+                    key=DIGEST,
+                    question=STRING,
+                    similarity={**NUMBER, "description": "cosine"},
+                    score={**nullable(NUMBER), "description": "log-odds that its answer serves; null: not verified"},
+                    probability=nullable(SHARE),
+                    served={**FLAG, "description": "whether this answer would be, if there were no exact one"},
+                )
+            ),
+        ),
+        "description": "what the cache would do with a chat completion",
+    },
+    "CacheEntry": closed(
+        ("key", "scope", "tenant", "question", "answer", "origin", "created_at", "expires_at"),
+        key=DIGEST,
+        scope=DIGEST,
+        tenant={**STRING, "description": "who asked first"},
+        question=STRING,
+        answer=closed(
+            ("model", "message", "finish_reason", "usage"),
+            model=STRING,
+            message={"type": "object"},
+            finish_reason=STRING,
+            usage=nullable({"type": "object"}),
+        ),
+        origin=closed(
+            ("model", "rule", "category", "complexity"),
+            model=STRING,
+            rule=STRING,
+            category=nullable(STRING),
+            complexity=nullable(SHARE),
+        ),
+        created_at=NUMBER,
+        expires_at={**NUMBER, "description": "seconds since the epoch, as created_at"},
+    ),
+    "CachePair": closed(
+        ("question", "answer"),
+        question=STRING,
+        answer=STRING,
+        request={
+            "anyOf": [{"type": "object"}, {"type": "null"}],
+            "description": "the chat completion that clients send, without the question, which is its last message; "
+            'if not given, {"model": "auto"}',
+        },
+        tenant=nullable(TENANT),
+        ttl_seconds=nullable({"type": "integer", "minimum": 1}),
+    ),
+    "CacheSelection": {
+        **closed((), **{name: nullable(STRING) for name in ("tenant", "model", "scope")}),
+        "anyOf": [fields((name,), **{name: STRING}) for name in ("tenant", "model", "scope")],
+        "description": "entries for which all that is given is so",
+    },
+    "CacheLoaded": closed(
+        ("stored", "skipped"),
+        stored=COUNT,
+        skipped=array(closed(("line", "reason"), line={"type": "integer", "minimum": 1}, reason=STRING)),
+    ),
+    "CachePurged": closed(("purged",), purged={**COUNT, "description": "entries that there were, about"}),
+    "CacheDeleted": closed(("deleted",), deleted={"const": True}),
     "Model": fields(
         ("id", "object", "created", "owned_by"), id=STRING, object={"const": "model"}, created=COUNT, owned_by=STRING
     ),
@@ -277,7 +376,7 @@ _LATE = "408 431"
 _REFUSED = f"400 401 403 413 429 503 {_LATE}"
 HEADERS: Json = {
     "x-request-id": {"schema": STRING},
-    "x-fingerpost-cache": {"schema": {"enum": ["hit-exact", "hit-semantic", "miss", "bypass"]}},
+    "x-fingerpost-cache": {"schema": {"enum": ["hit-exact", "hit-semantic", "joined", "miss", "bypass"]}},
     "x-fingerpost-cache-reason": {"schema": STRING, "description": "why the cache had no say"},
     "x-fingerpost-model": {"schema": STRING, "description": "that answered"},
     "x-fingerpost-fallback-for": {"schema": STRING, "description": "the model that was chosen and could not"},
@@ -285,14 +384,16 @@ HEADERS: Json = {
     "x-fingerpost-category": {"schema": STRING},
     "x-fingerpost-complexity": {"schema": STRING},
     "x-fingerpost-similarity": {"schema": STRING, "description": "cosine, of a hit by meaning"},
+    "x-fingerpost-confidence": {"schema": STRING, "description": "that the answer serves, of a hit by meaning"},
     "x-fingerpost-upstream-tokens": {"schema": {"const": "0"}, "description": "a hit: no model generated anything"},
 }
+DIRECTIVE = "(no-cache|no-store|ttl=[0-9]{1,9})"
 PARAMETERS: Json = {
     "cache_control": {
         "name": "x-fingerpost-cache-control",
         "in": "header",
-        "schema": {"type": "string", "pattern": "^ *((no-cache|no-store) *)?(, *((no-cache|no-store) *)?)*$"},
-        "description": "no-cache: do not replay, store the new answer; no-store: do not store",
+        "schema": {"type": "string", "pattern": f"^ *({DIRECTIVE} *)?(, *({DIRECTIVE} *)?)*$"},
+        "description": "no-cache: do not replay, store the answer; no-store: do not store; ttl=seconds: how long",
     },
     "request_id": {
         "name": "x-request-id",
@@ -359,6 +460,32 @@ def get(summary: str, answer: Json, statuses: str, **more: Any) -> Json:
     }
 
 
+def administration(summary: str, answer: Json, statuses: str, *, operation: str, **more: Any) -> Json:
+    """An operation of those who run the gateway."""
+    return {
+        "summary": summary,
+        "operationId": operation,
+        "responses": {
+            "200": {"description": "the answer", "content": more.pop("content", json_content(answer))},
+            **errors(f"{statuses} 401 403 503 {_LATE}", ref("Error")),
+        },
+        **more,
+    }
+
+
+def body_of(content: Json) -> Json:
+    return {"required": True, "content": content}
+
+
+_ROWS = "application/x-ndjson"
+_KEY = {"name": "key", "in": "path", "required": True, "schema": DIGEST}
+_PREFIX = {
+    "name": "prefix",
+    "in": "query",
+    "required": True,
+    "schema": {"type": "string", "pattern": "^[0-9a-f]{1,8}$"},
+    "description": "that the keys begin with",
+}
 _NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 PATHS: Json = {
     "/v1/chat/completions": generation(
@@ -418,6 +545,53 @@ PATHS: Json = {
         operation="metrics",
         content={"text/plain": {"schema": STRING}},
     ),
+    "/admin/cache": {
+        "get": administration("What is in the cache", ref("CacheStatistics"), "", operation="cache_statistics"),
+    },
+    "/admin/cache/lookup": {
+        "post": administration(
+            "What the cache would do with a chat completion; asks no LLM and changes nothing",
+            ref("CacheLookup"),
+            "400 404 413",
+            operation="cache_lookup",
+            requestBody=body_of(json_content(ref("CacheLookupRequest"))),
+        ),
+    },
+    "/admin/cache/entries": {
+        "get": administration(
+            "Entries, each a line of JSON: a `CacheEntry`",
+            STRING,
+            "400",
+            operation="cache_entries",
+            parameters=[_PREFIX],
+            content={_ROWS: {"schema": STRING}},
+        ),
+        "post": administration(
+            "Put answers into the cache: lines of JSON, each a `CacheEntry` or a `CachePair`",
+            ref("CacheLoaded"),
+            "400 413",
+            operation="cache_load",
+            requestBody=body_of({_ROWS: {"schema": STRING}}),
+        ),
+    },
+    "/admin/cache/entries/{key}": {
+        "get": administration("One entry", ref("CacheEntry"), "400 404", operation="cache_entry", parameters=[_KEY]),
+        "delete": administration(
+            "Delete it, if it is there", ref("CacheDeleted"), "400", operation="cache_delete", parameters=[_KEY]
+        ),
+    },
+    "/admin/cache/purge": {
+        "post": administration(
+            "Delete entries by tenant, model or scope",
+            ref("CachePurged"),
+            "400 413",
+            operation="cache_purge",
+            requestBody=body_of(json_content(ref("CacheSelection"))),
+        ),
+    },
+    "/admin/cache/flush": {
+        "post": administration("Delete all entries", ref("CachePurged"), "400 413", operation="cache_flush"),
+    },
 }
 DOCUMENT: Json = {
     "openapi": "3.1.0",

@@ -49,6 +49,7 @@ class Decision:
     reason: str  # why this model, in words
     overrides: Overrides = NO_OVERRIDES  # what the rule changes in the request
     pulls: Mapping[str, Pull] = field(default_factory=dict)  # by rule with a share; empty when nothing read the prompt
+    cache_ttl_seconds: int | None = None  # that the rule gives the answer
 
 
 def decide(
@@ -71,7 +72,8 @@ def decide(
         for rule in policy.rules
         if rule.share is not None and prompt.complexity is not None
     }
-    return Decision(chosen.model.name, chosen.rule, chosen.why(), chosen.overrides, pulls)
+    ttl = next((rule.cache_ttl_seconds for rule in policy.rules if rule.name == chosen.rule), None)
+    return Decision(chosen.model.name, chosen.rule, chosen.why(), chosen.overrides, pulls, ttl)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -20,8 +20,8 @@ Body = dict[str, Any]
 
 # Fields that change the form of an answer and not the answer.
 FORM_FIELDS = frozenset({"stream", "stream_options"})
-# Above this, a client asks for variety: replaying one answer would not be what it wants.
-MAX_CACHED_TEMPERATURE = 1.0
+# Fields that say for whom an answer is and change nothing in it.
+USER_FIELDS = ("user", "safety_identifier", "prompt_cache_key")
 BYTES_PER_TOKEN = 4
 # What a part of an earlier turn may be; a picture or a file behind an address may be another one tomorrow.
 TEXT_PARTS = frozenset({"text", "refusal", "thinking", "redacted_thinking", "tool_use"})
@@ -37,7 +37,8 @@ class ChatRequest:
     prompt_tokens: int  # of all messages, estimated at 4 UTF-8 bytes a token: known without a model
     messages: list[Body]  # see `View`
     beside: list[Any]  # everything of the body that can change the answer other than the wording of the question
-    uncacheable: str | None  # why its answer is neither replayed nor stored
+    user: Body  # the fields that say for whom it is, as far as these are not in `beside`
+    uncacheable: str | None  # why its answer is neither replayed nor stored, whatever the configuration says
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class View:
     messages: list[Body]  # as those of a chat completion: read here, never sent
     beside: list[Any]  # see `ChatRequest`
     uncacheable: str | None = None  # what stands in the way in this form only
+    user_fields: tuple[str, ...] = USER_FIELDS  # of this form, that say for whom the answer is
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class CacheControl:
 
     lookup: bool = True
     store: bool = True
+    ttl_seconds: int | None = None  # that the answer may be replayed for; at most what the configuration says
 
 
 def chat_view(body: Body) -> View:
@@ -82,33 +85,54 @@ def parse(raw: bytes, view: Callable[[Body], View] = chat_view) -> ChatRequest:
         prompt_tokens=sum(len(text_of(message).encode()) for message in messages) // BYTES_PER_TOKEN,
         messages=messages,
         beside=viewed.beside,
+        user={key: body[key] for key in viewed.user_fields if body.get(key) is not None},
         uncacheable=viewed.uncacheable or _not_a_question(messages) or _not_one_text(body),
     )
 
 
+_TTL = re.compile(r"ttl=(\d{1,9})", re.ASCII)
+
+
 def parse_cache_control(header: str | None) -> CacheControl:
     directives = {part.strip().lower() for part in (header or "").split(",")} - {""}
-    if unknown := directives - {"no-cache", "no-store"}:
-        raise BadRequest(f"x-fingerpost-cache-control takes no-cache and no-store, not {', '.join(sorted(unknown))!r}")
-    return CacheControl(lookup="no-cache" not in directives, store="no-store" not in directives)
+    ttls = [int(found[1]) for part in directives if (found := _TTL.fullmatch(part))]
+    unknown = {part for part in directives if not _TTL.fullmatch(part)} - {"no-cache", "no-store"}
+    if unknown:
+        words = f"takes no-cache, no-store and ttl=seconds, not {', '.join(sorted(unknown))!r}"
+        raise BadRequest(f"x-fingerpost-cache-control {words}")
+    ttl = min(ttls, default=None)
+    return CacheControl("no-cache" not in directives, "no-store" not in directives and ttl != 0, ttl)
 
 
-def tenant(headers: Mapping[str, str]) -> str:
+def credential(headers: Mapping[str, str]) -> str:
     """Who is asking: a digest of the credential, so that two keys never share an answer and none is kept."""
     credential, other = headers.get("authorization", ""), headers.get("x-api-key")  # Anthropic's clients send the other
     return hashlib.sha256((credential if other is None else f"{credential}\0{other}").encode()).hexdigest()
 
 
-def scope_key(request: ChatRequest, tenant: str) -> str:
-    """Digest of everything that can change the answer other than the wording of the last user turn."""
-    return hashlib.sha256(orjson.dumps([tenant, *request.beside], option=orjson.OPT_SORT_KEYS)).hexdigest()
+def scope_key(request: ChatRequest, owner: str) -> str:
+    """Digest of everything that can change the answer other than the wording of the last user turn.
+
+    `owner`: whose answers they are, see `owner`.
+    """
+    return hashlib.sha256(orjson.dumps([owner, *request.beside], option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def beside(body: Body, asked: str, turns: list[Body]) -> list[Any]:
-    """All of a body but the wording of the last of its `turns`, which stand under the key `asked`."""
+def owner(request: ChatRequest, sharing: Literal["tenant", "user", "global"], tenant: str, credential: str) -> str:
+    """Who shares answers: all, one tenant, or one user of it, that is one key and what the request says of the user."""
+    if sharing == "global":
+        return "global"
+    if sharing == "tenant":
+        return tenant
+    return orjson.dumps([tenant, credential, request.user], option=orjson.OPT_SORT_KEYS).decode()
+
+
+def beside(body: Body, asked: str, turns: list[Body], user_fields: Sequence[str] = USER_FIELDS) -> list[Any]:
+    """All of a body but whom it is for and the wording of the last of its `turns`, which are under the key `asked`."""
     *earlier, last = turns
     around = {**last, "content": _without_text(last.get("content"))}
-    fields = {key: value for key, value in body.items() if key not in FORM_FIELDS and key != asked}
+    left_out = {*FORM_FIELDS, asked, *user_fields}
+    fields = {key: value for key, value in body.items() if key not in left_out}
     return [fields, earlier, around]
 
 
@@ -169,6 +193,13 @@ def typed(body: Body, key: str, kind: type, words: str, prefix: str = "", *, req
     return value
 
 
+def check_fields(body: Body, known: Sequence[str], what: str) -> None:
+    """Raises `BadRequest` naming a field that `what` does not have."""
+    if unknown := sorted(body.keys() - set(known)):
+        name = unknown[0][:100]
+        raise BadRequest(f"{name} is not a field of {what} ({', '.join(known)} are)", param=name)
+
+
 def checked_messages(body: Body) -> list[Body]:
     """The messages of a chat, each with a role and content that can be read. Raises `BadRequest`."""
     messages: list[Body] = typed(body, "messages", list, "an array", required=True)
@@ -209,10 +240,6 @@ def text_of(message: Body) -> str:
     return content or ""
 
 
-def _is_low(temperature: object) -> bool:
-    return isinstance(temperature, int | float) and temperature <= MAX_CACHED_TEMPERATURE
-
-
 def _not_a_question(messages: list[Body]) -> str | None:
     last = messages[-1]
     content = last.get("content")
@@ -229,11 +256,8 @@ def _not_a_question(messages: list[Body]) -> str | None:
 
 def _not_one_text(body: Body) -> str | None:
     """Why an answer of one text, the same each time, is not what the body asks for."""
-    n, temperature = body.get("n"), body.get("temperature")
-    if n not in (None, 1):
+    if body.get("n") not in (None, 1):
         return "n is not 1"
-    if temperature is not None and not _is_low(temperature):
-        return f"temperature is above {MAX_CACHED_TEMPERATURE}"
     wanted = (body.get(key) for key in ("logprobs", "top_logprobs", "prompt_logprobs"))
     if any(value is not None and value is not False for value in wanted):  # 0 asks for them, too
         return "log probabilities are asked for"

@@ -161,6 +161,8 @@ class Admission:
     def __init__(self, account: Account, *, counted: bool = False) -> None:
         self._account = account
         self._counted = counted
+        self._has_ended = False
+        self._reserved = 0  # tokens of the prompt, about
         self._tokens_read = 0  # of the answer, about
         self.usage: dict[str, int] = {}  # as the answer tells it
         self.tokens = 0  # reserved, or spent once that is known
@@ -187,6 +189,7 @@ class Admission:
     def reserve(self, tokens: int) -> None:
         """Take the tokens that the prompt is thought to have. Raises `LimitReached`."""
         self._account.take_tokens(tokens)
+        self._reserved += tokens
         self.tokens += tokens
 
     def spent(self, tokens: int) -> None:
@@ -200,13 +203,25 @@ class Admission:
         self.usage |= usage(piece)
 
     def end(self, *, failed: bool) -> None:
+        self._has_ended = True
         if failed:
             self.spent(0)
-        elif self._tokens_read:
-            prompt = max(self.tokens, by_kind(self.usage).get("prompt", 0))
-            self.spent(total(self.usage) or prompt + self._tokens_read)
+        else:
+            self._settle()
         if self._counted:
             self._account.leave()
+
+    def over(self) -> int:
+        """Nothing more is read: if the request has ended before, charge the rest; how many tokens more that is."""
+        before = self.tokens
+        if self._has_ended:
+            self._settle()
+        return self.tokens - before
+
+    def _settle(self) -> None:
+        if self._tokens_read:
+            prompt = max(self._reserved, by_kind(self.usage).get("prompt", 0))
+            self.spent(total(self.usage) or prompt + self._tokens_read)
 
 
 class Tenants:

@@ -1,7 +1,11 @@
-"""The round trips to Triton: texts in; embeddings, and for routing category scores, complexity and difficulty, out."""
+"""The round trips to Triton: texts in; embeddings, and for routing category scores, complexity and difficulty, out.
+
+And two questions in, and out of it the log-odds that one answer serves both.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +21,8 @@ from gateway.config import EMBEDDER
 from gateway.contract import Contract
 
 MODEL = "router"
+VERIFIER = "verifier"
+UNREAD = -math.inf  # the score of a pair that is longer than the verifier reads
 BATCH_TEXTS = 8  # of one call: a request that is being routed meanwhile waits for no more than these
 MAX_CHARACTERS = 32_768  # longer texts are cut before they are sent, and count as truncated
 
@@ -31,6 +37,7 @@ _OUTPUTS = (
     "classifier_fingerprint",
 )
 _EMBEDDER_OUTPUTS = ("embedding", "truncated", "fingerprint")
+_VERIFIER_OUTPUTS = ("score", "truncated", "fingerprint")
 # gRPC waits up to two minutes between attempts to reconnect unless told otherwise.
 _CHANNEL = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
 
@@ -66,6 +73,7 @@ class Router:
         self._client = InferenceServerClient(settings.address, channel_args=_CHANNEL, **_tls(settings.tls))
         self._outputs = [InferRequestedOutput(name) for name in _OUTPUTS]
         self._embedder_outputs = [InferRequestedOutput(name) for name in _EMBEDDER_OUTPUTS]
+        self._verifier_outputs = [InferRequestedOutput(name) for name in _VERIFIER_OUTPUTS]
 
     async def read(self, text: str) -> Reading:
         """Raises `TritonUnavailable`."""
@@ -77,7 +85,7 @@ class Router:
         return [
             reading(row, self._contract, cut=len(text) > MAX_CHARACTERS)
             for part in _parts(texts)
-            for text, row in zip(part, _rows(await self._infer(MODEL, part, self._outputs)), strict=True)
+            for text, row in zip(part, _rows(await self._infer(MODEL, _alone(part), self._outputs)), strict=True)
         ]
 
     async def embed(self, texts: Sequence[str]) -> list[Embedded]:
@@ -85,30 +93,50 @@ class Router:
         return [
             embedded(row, self._contract, cut=len(text) > MAX_CHARACTERS)
             for part in _parts(texts)
-            for text, row in zip(part, _rows(await self._infer(EMBEDDER, part, self._embedder_outputs)), strict=True)
+            for text, row in zip(
+                part, _rows(await self._infer(EMBEDDER, _alone(part), self._embedder_outputs)), strict=True
+            )
         ]
 
-    async def _infer(self, model: str, texts: Sequence[str], wanted: list[InferRequestedOutput]) -> dict[str, Any]:
-        """The outputs, each (len(texts), n), say, of one call."""
-        text_input = InferInput("text", [len(texts), 1], "BYTES")
-        rows = [[text[:MAX_CHARACTERS].encode()] for text in texts]
-        text_input.set_data_from_numpy(np.array(rows, dtype=np.object_))
+    async def _embedded(self, texts: Sequence[str]) -> list[dict[str, Any]]:
+        return list(_rows(await self._infer(EMBEDDER, _alone(texts), self._embedder_outputs)))
+
+    async def verify(self, question: str, cached: Sequence[str]) -> list[float]:
+        """The log-odds that the answer to each cached question serves this one, too. Raises `TritonUnavailable`."""
+        pairs = [(question, other) for other in cached]
+        outputs = await self._infer(VERIFIER, pairs, self._verifier_outputs, ("question", "cached"))
+        for served in outputs["fingerprint"]:
+            _check_fingerprint("verifier", served, self._contract.verifier)
+        _check_finite(outputs, ("score",))
+        read = zip(pairs, outputs["score"][:, 0], outputs["truncated"][:, 0], strict=True)
+        return [UNREAD if cut or max(map(len, pair)) > MAX_CHARACTERS else float(score) for pair, score, cut in read]
+
+    async def _infer(
+        self,
+        model: str,
+        texts: Sequence[tuple[str, ...]],
+        wanted: list[InferRequestedOutput],
+        names: Sequence[str] = ("text",),
+    ) -> dict[str, Any]:
+        """The outputs, each (len(texts), n), say, of one call with a column of texts for each name."""
+        inputs = [_column(name, [row[i] for row in texts]) for i, name in enumerate(names)]
         try:
             result = await self._client.infer(
-                model, [text_input], outputs=wanted, client_timeout=self._settings.timeout_seconds
+                model, inputs, outputs=wanted, client_timeout=self._settings.timeout_seconds
             )
         except InferenceServerException as error:
             raise TritonUnavailable(f"{self._settings.address}: {error.message()}") from error
         return {output.name(): result.as_numpy(output.name()) for output in wanted}
 
     async def check(self) -> None:
-        """Raises `TritonUnavailable` when `router` cannot be called."""
-        try:
-            if await self._client.is_model_ready(MODEL, client_timeout=self._settings.timeout_seconds):
-                return
-        except InferenceServerException as error:
-            raise TritonUnavailable(f"{self._settings.address}: {error.message()}") from error
-        raise TritonUnavailable(f"{self._settings.address}: model {MODEL} is not ready")
+        """Raises `TritonUnavailable` when `router` or `verifier` cannot be called."""
+        for model in (MODEL, VERIFIER):
+            try:
+                is_ready = await self._client.is_model_ready(model, client_timeout=self._settings.timeout_seconds)
+            except InferenceServerException as error:
+                raise TritonUnavailable(f"{self._settings.address}: {error.message()}") from error
+            if not is_ready:
+                raise TritonUnavailable(f"{self._settings.address}: model {model} is not ready")
 
     async def close(self) -> None:
         await self._client.close()
@@ -124,6 +152,17 @@ def _tls(settings: config.ClientTls | None) -> dict[str, Any]:
         "private_key": settings.key_file,
     }
     return {"ssl": True, **{name: str(path) for name, path in files.items() if path is not None}}
+
+
+def _alone(texts: Sequence[str]) -> list[tuple[str, ...]]:
+    return [(text,) for text in texts]
+
+
+def _column(name: str, texts: Sequence[str]) -> InferInput:
+    """BYTES [len(texts), 1]"""
+    column = InferInput(name, [len(texts), 1], "BYTES")
+    column.set_data_from_numpy(np.array([[text[:MAX_CHARACTERS].encode()] for text in texts], dtype=np.object_))
+    return column
 
 
 def reading(outputs: dict[str, Any], contract: Contract, *, cut: bool) -> Reading:

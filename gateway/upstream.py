@@ -30,10 +30,10 @@ from gateway import config, sse
 from gateway.endpoints import Address, Allowance, Endpoint, Endpoints, Figures, Kind, Lease, State
 from gateway.errors import AnswerTooLong, ApiError, UpstreamTimeout, UpstreamUnavailable
 from gateway.metrics import Metrics
+from gateway.overrides import CHAT
 
 log = logging.getLogger("fingerpost")
 
-PATH = "/v1/chat/completions"
 KEEP_ALIVE_SECONDS = 4  # less than vLLM's 5, so that no request meets a connection that is just being closed
 WAIT_SECONDS = 1.0  # for an endpoint that is busy and does not say for how long
 # What an answer's header may tell the client; the rest describes this connection, not the answer.
@@ -98,18 +98,21 @@ class Reply:
         """The status, or the one in the first event of a stream: vLLM sends 200 before it knows."""
         return (self.is_stream and error_status(self._first)) or self.status
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """A stream as it arrives. Raises `UpstreamBroken`."""
+    async def piece(self) -> bytes:
+        """The next piece of a stream, empty at its end; can be cancelled and called again. Raises `UpstreamBroken`."""
+        if self._first:
+            first, self._first = self._first, b""
+            return first
         try:
-            yield self._first
-            async for chunk in self._response.content.iter_any():
-                yield chunk
+            piece = await self._response.content.readany()
         except FOREIGN as error:
             if self._is_late:
                 raise UpstreamBroken("it took longer than upstream.total_timeout_seconds") from error
             self._failed("broken", _words(error))
             raise UpstreamBroken(_words(error)) from None  # whose own words may repeat what the server sent
-        self._lease.whole()
+        if not piece:
+            self._lease.whole()
+        return piece
 
     def end_at(self, when: float) -> None:
         """Break the answer off at this time of the event loop's clock."""
@@ -184,7 +187,7 @@ class Upstream:
         )
 
     async def send(
-        self, models: Sequence[config.Model], body: Body, request_id: str, *, path: str = PATH, stream: bool = False
+        self, models: Sequence[config.Model], body: Body, request_id: str, *, path: str = CHAT, stream: bool = False
     ) -> Reply:
         """Post to the endpoints of the first model, then to those of the next, until one answers.
 

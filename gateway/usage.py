@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import orjson
+from gateway.answer import loaded
 
 _TOLD = re.compile(rb'"usage"\s*:\s*\{')
 _PROMPT = ("prompt_tokens", "input_tokens")  # in OpenAI's older words, and in its newer ones, which are Anthropic's
@@ -19,10 +19,7 @@ def usage(piece: bytes) -> dict[str, int]:
     """
     if not _TOLD.search(piece):
         return {}
-    try:
-        body = orjson.loads(piece)
-    except orjson.JSONDecodeError:
-        return {}
+    body = loaded(piece)
     if not isinstance(body, dict):
         return {}
     begun = {name: count for name, count in _figures(body.get("message")).items() if name in _PROMPT}

@@ -228,6 +228,16 @@ def start_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartGat
         yield start
 
 
+def before_stubs(url: str, triton: Tree) -> Tree:
+    """A gateway before stubs of vLLM and Triton: everything goes to the small model, the cache is in memory."""
+    return {
+        "triton": triton,
+        "models": models(url),
+        "policy": {"rules": [], "default": "smollm2-small"},
+        "semantic_cache": {"backend_type": "memory"},
+    }
+
+
 def models(*endpoints: str) -> list[Tree]:
     """A small and a large model at the same endpoints."""
     return [{**model, "endpoints": list(endpoints)} for model in shipped()["models"]]

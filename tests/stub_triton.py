@@ -2,7 +2,8 @@
 
 It serves `router` and `embedder` with models of its own: an embedding is the hashed and counted words of a text, so
 that texts of the same words are near; the category is the first label that occurs in the text; a text grows complex
-with its length. `write_manifests` describes these models to a gateway.
+with its length; an answer serves another question as surely as their words are the same, but never where one has a
+"not" more. `write_manifests` describes these models to a gateway.
 """
 
 from __future__ import annotations
@@ -23,8 +24,13 @@ from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 DIMENSION = 384
 MAX_WORDS = 256
 LABELS = ["code", "math", "other"]
-FINGERPRINTS = {"embedder": "00000000000000e1", "classifier": "00000000000000c1"}
-MODELS = ("router", "embedder")
+FINGERPRINTS = {"embedder": "00000000000000e1", "classifier": "00000000000000c1", "verifier": "00000000000000f1"}
+MODELS = ("router", "embedder", "verifier")
+VERIFICATION = {
+    "floor": 0.5,
+    "alike": 0.95,
+    "thresholds": [{"max_error_rate": 0.001, "score": 5.0}, {"max_error_rate": 0.01, "score": 1.0}],
+}
 
 
 def write_manifests(repository: Path) -> Path:
@@ -32,6 +38,7 @@ def write_manifests(repository: Path) -> Path:
     more: dict[str, dict[str, Any]] = {
         "embedder": {"dimension": DIMENSION},
         "classifier": {"labels": LABELS, "difficulty": 1},
+        "verifier": {"verification": VERIFICATION},
     }
     for part, fingerprint in FINGERPRINTS.items():
         folder = repository / part / "weights"
@@ -80,6 +87,26 @@ def router(texts: list[str]) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
+def verifier(questions: list[str], cached: list[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """The score is 1 at a cosine of 0.8, and never more than 3."""
+    pairs = list(zip(questions, cached, strict=True))
+    scores = [
+        1 + 10 * (float(embedding(one) @ embedding(other)) - 0.8) - 9 * differ(one, other) for one, other in pairs
+    ]
+    return {
+        "score": np.array(scores, dtype=np.float32)[:, None],
+        "truncated": np.array([[max(len(words(text)) for text in pair) > MAX_WORDS] for pair in pairs]),
+        "fingerprint": np.array([[FINGERPRINTS["verifier"].encode()]] * len(pairs), dtype=object),
+    }
+
+
+def differ(one: str, other: str) -> bool:
+    return words(one).count("not") != words(other).count("not")
+
+
+ANSWERS: dict[str, Any] = {"router": router, "embedder": embedder, "verifier": verifier}
+
+
 class Stub(service_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802 (the protocol's name)
         return service_pb2.ModelReadyResponse(ready=request.name in MODELS)
@@ -87,14 +114,15 @@ class Stub(service_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         if request.model_name not in MODELS:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown model {request.model_name}")
-        texts = [text.decode() for text in deserialize_bytes_tensor(request.raw_input_contents[0])]
-        if list(request.inputs[0].shape) != [len(texts), 1] or len(texts) > 64:
+        columns = [[t.decode() for t in deserialize_bytes_tensor(raw)] for raw in request.raw_input_contents]
+        texts = columns[0]
+        if any(list(given.shape) != [len(texts), 1] for given in request.inputs) or len(texts) > 64:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a batch has the shape [n, 1], n at most 64")
         if any("break triton" in text for text in texts):
             await context.abort(grpc.StatusCode.INTERNAL, "the stub breaks")
         if any("slow triton" in text for text in texts):
             await asyncio.sleep(0.2)
-        answers = router(texts) if request.model_name == "router" else embedder(texts)
+        answers = ANSWERS[request.model_name](*columns)
         response = service_pb2.ModelInferResponse(model_name=request.model_name, model_version="1")
         for output in request.outputs:
             add(response, output.name, answers[output.name])

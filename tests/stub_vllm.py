@@ -137,10 +137,9 @@ class Stub:
 
     async def whole(self, request: Request, body: dict[str, Any], text: str) -> Response:
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None, "tool_calls": []}
-        reason = "length" if self.fault == "length" else "stop"
+        reason = REASONS.get(self.fault, "stop")
         if self.fault == "tool-call":
-            call = {"id": "call_1", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
-            message, reason = {"role": "assistant", "content": None, "tool_calls": [call]}, "tool_calls"
+            message = {"role": "assistant", "content": None, "tool_calls": [CALL]}
         if self.fault == "slow":
             await asyncio.sleep(0.5)
             self.abandoned += await request.is_disconnected()
@@ -171,14 +170,16 @@ class Stub:
     def frames(self, body: dict[str, Any], text: str) -> list[bytes]:
         if self.fault == "error-first":
             return [sse({"error": {"message": "engine is gone", "code": 503}}), b"data: [DONE]\n\n"]
-        pieces = [text[i : i + 7] for i in range(0, len(text), 7)]
+        deltas: list[dict[str, Any]] = [{"content": text[i : i + 7]} for i in range(0, len(text), 7)]
+        if self.fault == "tool-call":
+            deltas = [{"tool_calls": [{"index": 0, **CALL}]}]
         frames = [sse(chunk(body, {"role": "assistant", "content": ""}, None))]
-        frames += [sse(chunk(body, {"content": piece}, None)) for piece in pieces]
+        frames += [sse(chunk(body, delta, None)) for delta in deltas]
         if self.fault in ("break", "endless"):
             return frames[:3]
         if self.fault == "error-event":
             return [*frames[:3], sse({"error": {"message": "engine died", "code": 500}}), b"data: [DONE]\n\n"]
-        frames.append(sse(chunk(body, {}, "length" if self.fault == "length" else "stop")))
+        frames.append(sse(chunk(body, {}, REASONS.get(self.fault, "stop"))))
         if (body.get("stream_options") or {}).get("include_usage"):
             frames.append(sse({**envelope(body, "chat.completion.chunk"), "choices": [], "usage": USAGE}))
         return frames if self.fault == "no-done" else [*frames, b"data: [DONE]\n\n"]
@@ -197,6 +198,8 @@ HOSTILE = {
     "server": "another",
     "retry-after": "7",
 }
+CALL = {"id": "call_1", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
+REASONS = {"length": "length", "tool-call": "tool_calls"}  # why an answer ends, by the fault
 USAGE = {"prompt_tokens": 11, "total_tokens": 31, "completion_tokens": 20}
 
 

@@ -34,11 +34,13 @@ class Origin:
 class Entry:
     key: str  # digest of scope and question
     scope: str  # digest of all that may change the answer besides the question
+    tenant: str  # who asked first, see `gateway.request.tenant`
     question: str
     embedding: Vector  # (dimension,), L2-normalised
     answer: Answer
     origin: Origin
-    expires_at: float  # seconds since the epoch
+    created_at: float  # seconds since the epoch
+    expires_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +49,51 @@ class Hit:
     similarity: float  # cosine
 
 
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Entries for which all that is given is so; without anything given, all."""
+
+    tenant: str | None = None
+    model: str | None = None  # that gave the answer
+    scope: str | None = None
+    key: str | None = None
+
+    def __contains__(self, entry: Entry) -> bool:
+        return (
+            self.tenant in (None, entry.tenant)
+            and self.model in (None, entry.origin.model)
+            and self.scope in (None, entry.scope)
+            and self.key in (None, entry.key)
+        )
+
+
 class Cache(Protocol):
     async def get(self, key: str) -> Entry | None:
         """The unexpired entry of exactly this question and scope. Raises `CacheUnavailable`."""
 
-    async def search(self, scope: str, embedding: Vector, threshold: float) -> Hit | None:
-        """The most similar unexpired entry of `scope` at or above `threshold`. Raises `CacheUnavailable`."""
+    async def search(self, scope: str, embedding: Vector, floor: float) -> list[Hit]:
+        """The few most similar unexpired entries of `scope` at or above `floor`, best first.
+
+        Raises `CacheUnavailable`.
+        """
+
+    def used(self, key: str) -> None:
+        """The entry was served: what eviction may go by."""
 
     def put(self, entry: Entry) -> None:
         """Remember `entry`, replacing one with its key; never waits."""
 
     async def delete(self, key: str) -> None:
         """Forget the entry, if there is one, at once. Raises `CacheUnavailable` when the backend may still have it."""
+
+    async def purge(self, which: Selection) -> None:
+        """Forget all of these at once, as `delete`."""
+
+    async def count(self, which: Selection) -> int:
+        """How many unexpired entries there are. Raises `CacheUnavailable`."""
+
+    async def entries(self, prefix: str) -> list[Entry]:
+        """Unexpired entries whose keys begin with this. Raises `CacheUnavailable`."""
 
     async def check(self) -> None:
         """Raises `CacheUnavailable` when the backend is not ready."""

@@ -3,9 +3,9 @@
 A background task opens the collection, and opens it again after any failure; until it is open every lookup is
 `CacheUnavailable` at once, so that no request waits for a Milvus that is down. Writes go through a bounded queue, in
 batches, off the request path, and are never flushed: Milvus seals segments by itself. A search with bounded consistency
-may miss what was just stored, which `_recent` has, or find what was just deleted, which `_deleted` knows. A deletion
-leaves a mark in the entry's place, for which every gateway, and every worker of one, looks all the time; should Milvus
-not answer then, what is recent is so for RECENT_SECONDS only.
+may miss what was just stored, which `_recent` has, or find what was just deleted, which `_purges` knows. A purge leaves
+a mark in the collection, for which every gateway, and every worker of one, looks all the time; one that could not look
+for EVERYWHERE_SECONDS, after which the purge counts as done, finds nothing until it has.
 """
 
 from __future__ import annotations
@@ -13,52 +13,64 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import cachetools
 import grpc
-import numpy as np
-import orjson
-from pymilvus import AsyncMilvusClient, DataType
+from pymilvus import AsyncMilvusClient
 from pymilvus.exceptions import MilvusException
 
-from gateway.answer import Answer
-from gateway.cache import CacheUnavailable, Entry, Hit, Origin, Vector
+from gateway.cache import CacheUnavailable, Entry, Hit, Selection, Vector
+from gateway.cache.collection import (
+    FORM,
+    TTL_PROPERTY,
+    Purge,
+    Row,
+    Rows,
+    SchemaMismatch,
+    Unreadable,
+    check_schema,
+    connection_arguments,
+    live,
+    milliseconds,
+    parts_of,
+    purge_of,
+    quoted,
+    schema,
+)
 from gateway.cache.memory import EvictionPolicy, MemoryCache
-from gateway.config import RESERVED_FIELDS, Milvus, MilvusTls
+from gateway.config import Milvus
 from gateway.metrics import Metrics
 
 log = logging.getLogger("fingerpost")
 
-FORM = 1  # of what is stored; another form is another collection
-TTL_PROPERTY = "collection.ttl.seconds"
 RECENT_ENTRIES = 512
 RECENT_SECONDS = 5.0  # by which bounded consistency may be late
 QUEUED_ENTRIES = 1024
 BATCH_ENTRIES = 64
-VARCHAR_BYTES = 65_535  # Milvus' limit
 LOOKUP_SECONDS = 1.0  # a request does not wait longer, whatever connection.timeout allows for the rest
 REOPEN_SECONDS = 1.0
 DRAIN_SECONDS = 3.0
-DELETE_SECONDS = 5.0  # that the caller of a deletion waits for it
-FOLLOW_SECONDS = 0.5  # between two looks at what others have deleted
-EVERYWHERE_SECONDS = 1.0  # after which they have seen a deletion
+PURGE_SECONDS = 5.0  # that the caller of a purge waits for it
+FOLLOW_SECONDS = 0.5  # between two looks at what others have purged
+EVERYWHERE_SECONDS = 2.0  # after which they have seen it, or find nothing
 STALE_SECONDS = 60.0  # for which a search may, at the worst, find what was deleted
+SWEEP_SECONDS = 60.0  # between two times that what has expired is deleted
+MARK_SECONDS = 3600.0  # that a purge can be seen by those who were cut off
+PAGE_ROWS = 16_384  # Milvus' limit
 
 _FAILURES = (MilvusException, grpc.RpcError, TimeoutError, OSError)
 
 
-class SchemaMismatch(Exception):
-    """The collection exists with other fields than this cache writes."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class _Deletion:
-    key: str
-    at: int = field(default_factory=lambda: int(time.time()))
+class _Order:
+    """A purge that somebody waits for."""
+
+    purge: Purge
     done: asyncio.Future[bool] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -75,89 +87,137 @@ class MilvusCache:
         eviction_policy: EvictionPolicy,
         metrics: Metrics,
     ) -> None:
+        """`ttl_seconds`: the longest that any entry is kept."""
         self._settings = settings
-        self._collection = f"{settings.collection.name}_{namespace}_v{FORM}"
-        self._vector = settings.collection.vector_field.name
+        self.collection = f"{settings.collection.name}_{namespace}_v{FORM}"
+        self._rows = Rows(settings.collection.vector_field.name, dimension)
         self._dimension = dimension
         self._ttl_seconds = ttl_seconds
         self._metrics = metrics
-        self._recent = MemoryCache(RECENT_ENTRIES, eviction_policy, dimension)
-        self._deleted: cachetools.TTLCache[str, bool] = cachetools.TTLCache(QUEUED_ENTRIES, STALE_SECONDS)
-        self._marks: cachetools.TTLCache[str, int] = cachetools.TTLCache(QUEUED_ENTRIES, 2 * STALE_SECONDS)  # seen
-        self._queue: asyncio.Queue[Entry | _Deletion] = asyncio.Queue(QUEUED_ENTRIES)
-        self._client = AsyncMilvusClient(**connection_arguments(settings))
+        self._recent = MemoryCache(RECENT_ENTRIES, eviction_policy, dimension, candidates=settings.search.topk)
+        self._purges: cachetools.TTLCache[Purge, None] = cachetools.TTLCache(PAGE_ROWS, MARK_SECONDS)
+        self._wide: cachetools.TTLCache[Purge, None] = cachetools.TTLCache(QUEUED_ENTRIES, MARK_SECONDS)  # of many keys
+        self._purged: cachetools.TTLCache[str, int] = cachetools.TTLCache(PAGE_ROWS, MARK_SECONDS)  # key -> until when
+        self._queue: asyncio.Queue[Entry | _Order] = asyncio.Queue(QUEUED_ENTRIES)
+        self.client = AsyncMilvusClient(**connection_arguments(settings))
         self._open = asyncio.Event()
         self._broken = asyncio.Event()
         self._broken.set()
         self._why = "is being opened"
-        self._tasks = tuple(map(asyncio.create_task, (self._keep_open(), self._write(), self._follow())))
+        self._looked_at = -math.inf  # time.monotonic() when it began to see all that others had purged until then
+        background = (self._keep_open(), self._write(), self._follow(), self._sweep())
+        self._tasks = tuple(map(asyncio.create_task, background))
         for task in self._tasks:
             task.add_done_callback(self._ended)
 
     async def get(self, key: str) -> Entry | None:
-        if (recent := await self._recent.get(key)) or key in self._deleted:
+        self._must_be_current()
+        if recent := await self._recent.get(key):
             return recent
-        wanted = f'key == "{key}" and expires_at > {int(time.time())}'
-        rows = await self._ask(self._client.query, filter=wanted, output_fields=[*RESERVED_FIELDS, self._vector])
+        wanted = f"key == {quoted(key)} and {live(time.time())}"
+        rows = await self._ask(self.client.query, filter=wanted, output_fields=self._rows.fields)
         entry = await self._newest(rows[0]) if rows else None
         if entry is not None:
             self._keep(entry)
         return entry
 
-    async def search(self, scope: str, embedding: Vector, threshold: float) -> Hit | None:
-        recent = await self._recent.search(scope, embedding, threshold)
+    def used(self, key: str) -> None:
+        self._recent.used(key)
+
+    async def search(self, scope: str, embedding: Vector, floor: float) -> list[Hit]:
+        self._must_be_current()
+        recent = await self._recent.search(scope, embedding, floor)
         try:
-            found = await self._nearest(embedding, f'scope == "{scope}" and expires_at > {int(time.time())}')
+            found = await self._nearest(embedding, f"scope == {quoted(scope)} and expires_at > {int(time.time())}")
         except CacheUnavailable:
             if recent:
                 return recent
             raise
+        hits = {hit.entry.key: hit for hit in recent}
         for candidate in found:
-            if candidate["distance"] < max(threshold, recent.similarity if recent else threshold):
-                break
-            entry = await self._newest(candidate["entity"])
-            if entry is not None:
-                return Hit(entry, float(candidate["distance"]))
-        return recent
+            row, similarity = candidate["entity"], float(candidate["distance"])
+            if similarity >= floor and row["key"] not in hits and (entry := await self._newest(row)):
+                hits[entry.key] = Hit(entry, similarity)
+        best = sorted(hits.values(), key=lambda hit: -hit.similarity)
+        return best[: self._settings.search.topk]
+
+    def _must_be_current(self) -> None:
+        if time.monotonic() - self._looked_at > EVERYWHERE_SECONDS:
+            raise CacheUnavailable("has not told in time what others have purged" if self._open.is_set() else self._why)
 
     def _keep(self, entry: Entry) -> None:
         self._recent.put(replace(entry, expires_at=min(entry.expires_at, time.time() + RECENT_SECONDS)))
 
-    async def _newest(self, row: dict[str, Any]) -> Entry | None:
+    async def _newest(self, row: Row) -> Entry | None:
         """The entry in a row, or the process's own version of it, which is the newer one; None when it is deleted."""
-        if (recent := await self._recent.get(row["key"])) or row["key"] in self._deleted:
-            return recent
-        return self._entry(row)
+        if recent := await self._recent.get(row["key"]):
+            return replace(recent, expires_at=row["expires_at"])  # which was cut to RECENT_SECONDS
+        try:
+            keys = parts_of(row)
+            entry = self._rows.entry(row, await self._ask_keys(keys) if keys else ())
+        except Unreadable:
+            self._count("unreadable", 1)
+            return None
+        return None if self._is_purged(entry) else entry
+
+    async def _ask_keys(self, keys: list[str]) -> list[Row]:
+        wanted = f"key in [{', '.join(map(quoted, keys))}]"
+        return list(await self._ask(self.client.query, filter=wanted, output_fields=["key", "answer"]))
+
+    def _is_purged(self, entry: Entry) -> bool:
+        latest = self._purged.get(entry.key, -1)
+        return milliseconds(entry.created_at) <= latest or any(entry in purge for purge in self._wide)
 
     def put(self, entry: Entry) -> None:
         self._keep(entry)
-        self._deleted.pop(entry.key, None)
         try:
             self._queue.put_nowait(entry)
         except asyncio.QueueFull:
-            self._metrics.stores.labels("dropped").inc()
+            self._count("dropped", 1)
 
     async def delete(self, key: str) -> None:
-        await self._forget(key)
-        deletion = _Deletion(key)
-        self._marks[key] = deletion.at
+        await self.purge(Selection(key=key))
+
+    async def purge(self, which: Selection) -> None:
+        order = _Order(Purge(which, milliseconds(time.time())))
+        await self._forget(order.purge)
         try:
-            self._queue.put_nowait(deletion)  # after what is still being written
-            async with asyncio.timeout(DELETE_SECONDS if self._open.is_set() else 0):
-                is_done = await deletion.done
+            self._queue.put_nowait(order)  # after what is still being written
+            async with asyncio.timeout(PURGE_SECONDS if self._open.is_set() else 0):
+                is_done = await order.done
         except (asyncio.QueueFull, TimeoutError) as error:
             raise CacheUnavailable(self._why) from error
         if not is_done:
             raise CacheUnavailable(self._why)
         await asyncio.sleep(EVERYWHERE_SECONDS)
 
-    async def _forget(self, key: str) -> None:
-        await self._recent.delete(key)
-        self._deleted[key] = True
+    async def _forget(self, purge: Purge) -> None:
+        self._purges[purge] = None
+        if purge.which.key is None:
+            self._wide[purge] = None
+        else:
+            self._purged[purge.which.key] = max(purge.at, self._purged.get(purge.which.key, -1))
+        await self._recent.purge(purge.which)
+
+    async def count(self, which: Selection) -> int:
+        wanted = f"{Purge(which, milliseconds(time.time()) + 1).filter} and {live(time.time())}"
+        return await self._counted(wanted)
+
+    async def entries(self, prefix: str) -> list[Entry]:
+        begins = f"key like {quoted(prefix + '%')} and " if prefix else ""
+        wanted = begins + live(time.time())
+        rows = await self._ask(
+            self.client.query,
+            seconds=self._settings.connection.timeout,
+            filter=wanted,
+            output_fields=self._rows.fields,
+            limit=PAGE_ROWS,
+        )
+        return [entry for row in rows if (entry := await self._newest(row))]
 
     async def check(self) -> None:
         try:
-            await self._nearest(self._probe(), 'scope == ""')
+            await self._nearest(self._rows.nowhere, 'scope == "-"')
         except CacheUnavailable:
             raise CacheUnavailable(f"{self._settings.connection.address}: {self._why}") from None
 
@@ -170,11 +230,11 @@ class MilvusCache:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._client.close()
+        await self.client.close()
 
     async def _nearest(self, embedding: Vector, wanted: str) -> list[dict[str, Any]]:
         """The `search.topk` nearest rows that the filter `wanted` leaves, best first."""
-        return list((await self._ask(self._client.search, filter=wanted, **self._search_for(embedding)))[0])
+        return list((await self._ask(self.client.search, filter=wanted, **self._search_for(embedding)))[0])
 
     def _search_for(self, embedding: Vector) -> dict[str, Any]:
         """A search as configured."""
@@ -184,24 +244,30 @@ class MilvusCache:
             "anns_field": field.name,
             "limit": search.topk,
             "search_params": {"metric_type": field.metric_type, "params": search.params},
-            "output_fields": [*RESERVED_FIELDS, field.name],
+            "output_fields": self._rows.fields,
         }
 
-    async def _ask(self, call: Any, **arguments: Any) -> Any:
+    async def _ask(self, call: Callable[..., Awaitable[Any]], *, seconds: float = LOOKUP_SECONDS, **given: Any) -> Any:
         """One lookup, bounded in time; any failure closes the cache until `_keep_open` has opened it again."""
         if not self._open.is_set():
             raise CacheUnavailable(self._why)
-        arguments |= {"consistency_level": self._settings.search.consistency_level}
+        self._must_be_current()
+        given = {"consistency_level": self._settings.search.consistency_level, **given}
         try:
-            async with asyncio.timeout(LOOKUP_SECONDS):
-                return await call(self._collection, timeout=LOOKUP_SECONDS, **arguments)
+            async with asyncio.timeout(seconds):
+                return await call(self.collection, timeout=seconds, **given)
         except _FAILURES as error:
             self._fail(error)
             raise CacheUnavailable(self._why) from error
 
-    def _probe(self) -> Vector:
-        """A vector to search with when only the searching matters."""
-        return np.full(self._dimension, self._dimension**-0.5, dtype=np.float32)
+    async def _counted(self, wanted: str) -> int:
+        rows = await self._ask(
+            self.client.query,
+            seconds=self._settings.connection.timeout,
+            filter=wanted,
+            output_fields=["count(*)"],
+        )
+        return int(rows[0]["count(*)"])
 
     def _fail(self, error: BaseException) -> None:
         self._why = f"does not answer: {str(error) or type(error).__name__}"
@@ -220,6 +286,7 @@ class MilvusCache:
             await self._broken.wait()
             try:
                 await self._open_collection()
+                await self._catch_up(MARK_SECONDS)
             except (*_FAILURES, SchemaMismatch) as error:
                 if self._why != (why := str(error) or type(error).__name__):
                     log.warning("milvus: cannot be opened, going on without it: %s", why)
@@ -228,56 +295,43 @@ class MilvusCache:
             else:
                 self._broken.clear()
                 self._open.set()
-                log.info("milvus: collection %s is open", self._collection)
+                log.info("milvus: collection %s is open", self.collection)
 
     async def _open_collection(self) -> None:
         """Create what is not there, load it, and see that it can be searched as configured."""
         seconds = self._settings.connection.timeout
         async with asyncio.timeout(seconds):
-            if not await self._client.has_collection(self._collection, timeout=seconds):
+            if not await self.client.has_collection(self.collection, timeout=seconds):
                 await self._create_collection()
-            description = await self._client.describe_collection(self._collection, timeout=seconds)
-            check_schema(description, self._vector, self._dimension)
+            description = await self.client.describe_collection(self.collection, timeout=seconds)
+            check_schema(description, self._settings.collection.vector_field.name, self._dimension)
             await self._keep_ttl(description)
-            await self._client.load_collection(self._collection, timeout=seconds)
-            await self._client.search(self._collection, timeout=seconds, **self._search_for(self._probe()))
+            await self.client.load_collection(self.collection, timeout=seconds)
+            await self.client.search(self.collection, timeout=seconds, **self._search_for(self._rows.nowhere))
 
     async def _keep_ttl(self, description: dict[str, Any]) -> None:
         """Milvus drops rows by the collection's own time to live, which may be that of an earlier configuration."""
         found, wanted = description.get("properties", {}).get(TTL_PROPERTY), str(self._ttl_seconds)
         if found not in (wanted, None):  # Milvus Lite has none: there, rows only stop being found
-            await self._client.alter_collection_properties(self._collection, {TTL_PROPERTY: wanted})
+            await self.client.alter_collection_properties(self.collection, {TTL_PROPERTY: wanted})
 
     async def _create_collection(self) -> None:
         wanted = self._settings.collection
-        schema = AsyncMilvusClient.create_schema(
-            auto_id=False, enable_dynamic_field=False, description=wanted.description
-        )
-        schema.add_field("key", DataType.VARCHAR, is_primary=True, max_length=64)
-        schema.add_field("scope", DataType.VARCHAR, max_length=64)
-        schema.add_field("question", DataType.VARCHAR, max_length=VARCHAR_BYTES)
-        schema.add_field("answer", DataType.VARCHAR, max_length=VARCHAR_BYTES)
-        schema.add_field("expires_at", DataType.INT64)
-        schema.add_field(self._vector, DataType.FLOAT_VECTOR, dim=self._dimension)
-        index = AsyncMilvusClient.prepare_index_params()
-        index.add_index(
-            self._vector,
-            index_type=wanted.index.type,
-            metric_type=wanted.vector_field.metric_type,
-            params=wanted.index.params,
-        )
-        await self._client.create_collection(
-            self._collection,
-            schema=schema,
+        fields, index = schema(wanted, self._dimension)
+        partitions = {"num_partitions": wanted.partitions} if wanted.partitions else {}
+        await self.client.create_collection(
+            self.collection,
+            schema=fields,
             index_params=index,
             properties={TTL_PROPERTY: str(self._ttl_seconds)},  # Milvus drops what has expired when it compacts
             consistency_level=self._settings.search.consistency_level,
             timeout=self._settings.connection.timeout,
+            **partitions,
         )
 
     async def _write(self) -> None:
         while True:
-            batch: list[Entry | _Deletion] = [await self._queue.get()]
+            batch: list[Entry | _Order] = [await self._queue.get()]
             while len(batch) < BATCH_ENTRIES and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             await self._open.wait()
@@ -285,138 +339,111 @@ class MilvusCache:
             for _ in batch:
                 self._queue.task_done()
 
-    async def _write_batch(self, batch: list[Entry | _Deletion]) -> None:
-        last = {item.key: item for item in batch}.values()
-        await self._upsert([item for item in last if isinstance(item, Entry)])
-        await self._mark([item for item in last if isinstance(item, _Deletion)])
+    async def _write_batch(self, batch: Iterable[Entry | _Order]) -> None:
+        """In order, the entries between two purges at once."""
+        waiting: dict[str, Entry] = {}
         for item in batch:
-            if isinstance(item, _Deletion) and not item.done.done():
-                item.done.set_result(self._open.is_set())
+            if isinstance(item, Entry):
+                waiting[item.key] = item
+                continue
+            await self._upsert(waiting.values())
+            waiting.clear()
+            is_done = await self._delete(item.purge.filter) and await self._send([self._rows.of_purge(item.purge)])
+            if not item.done.done():
+                item.done.set_result(is_done)
+        await self._upsert(waiting.values())
 
-    async def _mark(self, deletions: list[_Deletion]) -> None:
-        """Put marks in the place of entries: without an answer, expired since ever, and telling when they were made."""
-        rows = [
-            {
-                "key": deletion.key,
-                "scope": "",
-                "question": "",
-                "answer": "",
-                "expires_at": -deletion.at,
-                self._vector: self._probe().tolist(),
-            }
-            for deletion in deletions
-        ]
-        await self._send(rows)
+    async def _upsert(self, entries: Iterable[Entry]) -> None:
+        kept = [entry for entry in entries if not self._is_purged(entry)]
+        found = [self._rows.of_entry(entry) for entry in kept]
+        fitting = [rows for rows in found if rows is not None]
+        self._count("too_large", len(found) - len(fitting))
+        for rows in fitting:
+            if len(rows) > 1:  # a megabyte, perhaps, and whole before its entry can be found
+                await self._send(rows[1:])
+        is_sent = await self._send([rows[0] for rows in fitting])
+        self._count("stored" if is_sent else "failed", len(fitting))
 
-    async def _follow(self) -> None:
-        """Forget what others delete."""
-        while True:
-            await self._open.wait()
-            for row in await self._marked():
-                if self._marks.get(row["key"]) != -row["expires_at"]:
-                    self._marks[row["key"]] = -row["expires_at"]
-                    await self._forget(row["key"])
-            await asyncio.sleep(FOLLOW_SECONDS)
-
-    async def _marked(self) -> list[dict[str, Any]]:
-        """The marks that have been made of late."""
-        seconds = self._settings.connection.timeout
-        wanted = {
-            "filter": f"expires_at < -{int(time.time() - STALE_SECONDS)}",
-            "output_fields": ["key", "expires_at"],
-            "limit": QUEUED_ENTRIES,
-            "consistency_level": "Strong",
-            "timeout": seconds,
-        }
-        try:
-            async with asyncio.timeout(seconds):
-                return list(await self._client.query(self._collection, **wanted))
-        except _FAILURES as error:
-            self._fail(error)
-            return []
-
-    async def _upsert(self, entries: list[Entry]) -> None:
-        rows = [self._row(entry) for entry in entries]
-        fitting = [row for row in rows if _fits(row)]
-        self._count("too_large", len(rows) - len(fitting))
-        self._count("stored" if await self._send(fitting) else "failed", len(fitting))
-
-    async def _send(self, rows: list[dict[str, Any]]) -> bool:
+    async def _send(self, rows: list[Row]) -> bool:
         """Whether Milvus has taken the rows, in the place of those with their keys."""
-        if not rows:
-            return True
+        return not rows or await self._change(self.client.upsert, data=rows)
+
+    async def _delete(self, wanted: str) -> bool:
+        """Whether Milvus has deleted what the filter leaves."""
+        return await self._change(self.client.delete, filter=wanted)
+
+    async def _change(self, call: Callable[..., Awaitable[Any]], **given: Any) -> bool:
         try:
             seconds = self._settings.connection.timeout
             async with asyncio.timeout(seconds):
-                await self._client.upsert(self._collection, rows, timeout=seconds)
+                await call(self.collection, timeout=seconds, **given)
         except _FAILURES as error:
             self._fail(error)
             return False
         return True
 
+    async def _follow(self) -> None:
+        """Forget what others purge."""
+        while True:
+            await self._open.wait()
+            try:
+                await self._catch_up(STALE_SECONDS)
+            except _FAILURES as error:
+                self._fail(error)
+            await asyncio.sleep(FOLLOW_SECONDS)
+
+    async def _catch_up(self, seconds: float) -> None:
+        """See what was purged in so many seconds, and see to it that nothing of it was written afterwards."""
+        looked_at = time.monotonic()
+        for mark in await self._marks(seconds):
+            try:
+                purge = purge_of(mark)
+            except Unreadable:
+                continue
+            if purge not in self._purges:
+                await self._forget(purge)
+                await self._delete(purge.filter)
+        self._looked_at = looked_at
+
+    async def _marks(self, seconds: float) -> list[Row]:
+        """Those that were made in so many seconds."""
+        wanted = f'scope == "" and expires_at < -{int(time.time() - seconds)}'
+        limit = self._settings.connection.timeout
+        async with asyncio.timeout(limit):
+            rows = await self.client.query(
+                self.collection,
+                filter=wanted,
+                output_fields=["answer", "created_at"],
+                limit=PAGE_ROWS,
+                consistency_level="Strong",
+                timeout=limit,
+            )
+        return list(rows)
+
+    async def _sweep(self) -> None:
+        """Delete what has expired, marks that all have seen, and the oldest of too many entries."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            await self._open.wait()
+            now = int(time.time())
+            await self._delete(f"expires_at > 0 and expires_at <= {now}")
+            await self._delete(f"expires_at < 0 and expires_at > -{int(now - MARK_SECONDS)}")
+            with contextlib.suppress(CacheUnavailable):
+                await self.shrink()
+
+    async def shrink(self) -> None:
+        """Delete the oldest of more than `collection.max_entries`. Raises `CacheUnavailable`."""
+        most = self._settings.collection.max_entries
+        if most is None or (count := await self._counted(live(time.time()))) <= most:
+            return
+        low, high = 0, milliseconds(time.time()) + 1  # more than `most` are newer than low, as many or fewer than high
+        while high - low > 1:
+            middle = (low + high) // 2
+            newer = await self._counted(f"{live(time.time())} and created_at > {middle}")
+            low, high = (middle, high) if newer > most else (low, middle)
+        await self._delete(f"expires_at > 0 and created_at <= {high}")
+        self._count("evicted", count - most)
+
     def _count(self, outcome: str, entries: int) -> None:
         if entries:
             self._metrics.stores.labels(outcome).inc(entries)
-
-    def _row(self, entry: Entry) -> dict[str, Any]:
-        return {
-            "key": entry.key,
-            "scope": entry.scope,
-            "question": entry.question,
-            "answer": orjson.dumps({"answer": entry.answer, "origin": entry.origin}).decode(),
-            "expires_at": int(entry.expires_at),
-            self._vector: entry.embedding.tolist(),
-        }
-
-    def _entry(self, row: dict[str, Any]) -> Entry | None:
-        """The entry in a row; None, counted, when it is not of this form."""
-        try:
-            payload = orjson.loads(row["answer"])
-            return Entry(
-                key=row["key"],
-                scope=row["scope"],
-                question=row["question"],
-                embedding=np.asarray(row[self._vector], dtype=np.float32),
-                answer=Answer(**payload["answer"]),
-                origin=Origin(**payload["origin"]),
-                expires_at=row["expires_at"],
-            )
-        except (KeyError, TypeError, ValueError):
-            self._count("unreadable", 1)
-            return None
-
-
-def _fits(row: dict[str, Any]) -> bool:
-    return all(len(row[field].encode()) <= VARCHAR_BYTES for field in ("question", "answer"))
-
-
-def check_schema(description: dict[str, Any], vector_field: str, dimension: int) -> None:
-    """Raises `SchemaMismatch` when a collection is not one this cache can use."""
-    fields = {field["name"]: field for field in description["fields"]}
-    if missing := {*RESERVED_FIELDS, vector_field} - fields.keys():
-        raise SchemaMismatch(f"collection {description['collection_name']} lacks {', '.join(sorted(missing))}")
-    if (found := int(fields[vector_field]["params"]["dim"])) != dimension:
-        raise SchemaMismatch(f"collection {description['collection_name']} has dimension {found}, not {dimension}")
-
-
-def connection_arguments(settings: Milvus) -> dict[str, Any]:
-    """The `connection` section as pymilvus takes it."""
-    connection = settings.connection
-    if connection.is_file:
-        Path(connection.address).parent.mkdir(parents=True, exist_ok=True)
-    arguments: dict[str, Any] = {"uri": connection.address, "timeout": connection.timeout, "dedicated": True}
-    arguments["grpc_options"] = {"grpc.max_reconnect_backoff_ms": 1000}  # gRPC's own limit is two minutes
-    if not connection.is_file:
-        arguments["db_name"] = connection.database
-    if connection.auth.enabled:
-        arguments["user"] = connection.auth.username
-        arguments["password"] = connection.auth.password.get_secret_value()
-    if connection.tls.enabled:
-        arguments |= {"secure": True, **_certificates(connection.tls)}
-    return arguments
-
-
-def _certificates(tls: MilvusTls) -> dict[str, str]:
-    if tls.cert_file:  # the server wants to know the client, too
-        return {"ca_pem_path": tls.ca_file, "client_pem_path": tls.cert_file, "client_key_path": tls.key_file}
-    return {"server_pem_path": tls.ca_file} if tls.ca_file else {}

@@ -358,7 +358,7 @@ def test_the_cheapest_of_nearly_the_best_quality_answers(
     stack: Stack, stub: Server, start_gateway: StartGateway, tmp_path: Path
 ) -> None:
     """Abilities are in the manifest only, so both models can have one here, though Triton runs with the shipped one."""
-    for part in ("embedder", "classifier"):
+    for part in ("embedder", "classifier", "verifier"):
         (tmp_path / part / "weights").mkdir(parents=True)
         manifest = json.loads((ROOT / f"model_repository/{part}/weights/manifest.json").read_text())
         if part == "classifier":

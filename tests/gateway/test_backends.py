@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,8 @@ def test_what_another_gateway_deletes_is_not_replayed_any_more(tmp_path: Path) -
     settings = Milvus.model_validate({"connection": {"uri": str(tmp_path / "cache.db")}, "collection": {"index": FLAT}})
     answer = Answer("small", {"role": "assistant", "content": "200 km"}, "stop", None)
     vector = np.array([1, 0], dtype=np.float32)
-    entry = Entry("key", "scope", "How long?", vector, answer, Origin("small", "default", None, None), time.time() + 60)
+    origin, now = Origin("small", "default", None, None), time.time()
+    entry = Entry("key", "scope", "ada", "How long?", vector, answer, origin, now, now + 60)
 
     async def opened() -> MilvusCache:
         cache = MilvusCache(
@@ -164,8 +166,8 @@ def test_what_another_gateway_deletes_is_not_replayed_any_more(tmp_path: Path) -
             await first.delete("key")
             assert await first.get("key") is None
             assert await second.get("key") is None
-            assert await second.search("scope", vector, 0.5) is None
-            second.put(entry)  # another answer, say
+            assert await second.search("scope", vector, 0.5) == []
+            second.put(replace(entry, created_at=time.time()))  # another answer, say
             await asyncio.sleep(2 * FOLLOW_SECONDS)
             assert await second.get("key") is not None
         await first.close()

@@ -193,10 +193,16 @@ def test_the_articles_files_load_as_they_are_pasted(folder: Path) -> None:
         "enabled": True,
         "backend_type": "milvus",
         "backend_config_path": Path("config/cache/milvus.yaml"),
+        "scope": "tenant",
+        "max_error_rate": 0.01,
         "similarity_threshold": 0.8,
+        "online": {"check_share": 0.0, "judge": None, "answer_similarity": 0.9, "concurrent_checks": 4},
         "max_entries": 1000,
         "ttl_seconds": 3600,
         "eviction_policy": "fifo",
+        "max_temperature": 1.0,
+        "bypass_time_dependent": True,
+        "store_tool_calls": False,
     }
     connection, collection = config.milvus.connection, config.milvus.collection
     assert connection.address == "http://192.168.7.20:19530"

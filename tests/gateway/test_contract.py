@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.config import ConfigError
-from gateway.contract import Ability, Abstention, Contract, read
+from gateway.contract import Ability, Abstention, Contract, Threshold, Verification, read
 
 EMBEDDER = {"fingerprint": "0123456789abcdef", "dimension": 384, "model": "all-MiniLM-L6-v2", "max_tokens": 256}
 CLASSIFIER = {"fingerprint": "fedcba9876543210", "labels": ["math", "law", "computer science"], "temperature": 1.3}
+
+POINTS = ({"max_error_rate": 0.001, "score": 4.0}, {"max_error_rate": 0.01, "score": 2.5, "repeats": 0.6})
+VERIFIER: dict[str, Any] = {
+    "fingerprint": "00112233445566ff",
+    "verification": {"floor": 0.6, "alike": 0.95, "thresholds": POINTS, "repeats": 1000},
+}
+VERIFICATION = Verification(
+    floor=0.6,
+    alike=0.95,
+    thresholds=(Threshold(max_error_rate=0.001, score=4.0), Threshold(max_error_rate=0.01, score=2.5)),
+)
 
 
 def write(repository: Path, part: str, manifest: object) -> Path:
@@ -29,6 +41,7 @@ def write(repository: Path, part: str, manifest: object) -> Path:
 def repository(tmp_path: Path) -> Path:
     write(tmp_path, "embedder", EMBEDDER)
     write(tmp_path, "classifier", CLASSIFIER)
+    write(tmp_path, "verifier", VERIFIER)
     return tmp_path
 
 
@@ -38,7 +51,33 @@ def test_both_manifests_make_the_contract(repository: Path) -> None:
         dimension=384,
         embedder="0123456789abcdef",
         classifier="fedcba9876543210",
+        verifier="00112233445566ff",
+        verification=VERIFICATION,
     )
+
+
+@pytest.mark.parametrize(
+    ("allowed", "score"), [(0.5, 2.5), (0.01, 2.5), (0.0099, 4.0), (0.001, 4.0), (0.0009, math.inf)]
+)
+def test_the_threshold_of_an_error_rate_is_that_of_the_highest_one_that_was_measured(
+    allowed: float, score: float
+) -> None:
+    assert VERIFICATION.threshold(allowed) == score
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("verification", {"verification": None}),
+        ("verification.floor", {"verification": {**VERIFIER["verification"], "floor": 1.5}}),
+        ("verification.thresholds", {"verification": {**VERIFIER["verification"], "thresholds": []}}),
+        ("verification.alike", {"verification": {"floor": 0.5, "thresholds": POINTS}}),
+    ],
+)
+def test_a_wrong_manifest_of_the_verifier_is_named(repository: Path, key: str, changes: dict[str, Any]) -> None:
+    path = write(repository, "verifier", {**VERIFIER, **changes})
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: {key}")):
+        read(repository)
 
 
 OPTIONAL = {
@@ -100,8 +139,9 @@ def test_a_weight_that_is_not_finite(repository: Path) -> None:
 )
 def test_the_category_when_no_score_is_high(score: float, expected: str) -> None:
     scores = {"math": score, "law": 0.05, "physics": 0.1}
-    sure = Contract(("math", "law", "physics"), 384, "e", "c")
-    abstaining = Contract(("math", "law", "physics"), 384, "e", "c", abstention=Abstention(label="law", below=0.4))
+    sure = Contract(("math", "law", "physics"), 384, "e", "c", "v", VERIFICATION)
+    abstention = Abstention(label="law", below=0.4)
+    abstaining = Contract(("math", "law", "physics"), 384, "e", "c", "v", VERIFICATION, abstention=abstention)
     assert sure.category(scores) == "math"
     assert abstaining.category(scores) == expected
 

@@ -25,7 +25,7 @@ from gateway.request import ChatRequest, parse, scope_key
 from gateway.sse import FrameSplitter, data
 from gateway.usage import by_kind
 from tests import stub_forms
-from tests.conftest import Server, StartGateway, Tree, models
+from tests.conftest import Server, StartGateway, Tree, before_stubs
 
 FUZZ = settings(database=None, deadline=None, derandomize=True, max_examples=60)
 NEW = Identity("id-new", 1_700_000_000)
@@ -128,7 +128,6 @@ def test_the_last_of_a_conversation_is_the_question() -> None:
         (RESPONSES, {"previous_response_id": "resp_1"}, "Name a river.", "previous_response_id"),
         (RESPONSES, {"background": True}, "Name a river.", "background"),
         (RESPONSES, {"store": True}, "Name a river.", "store"),
-        (RESPONSES, {"temperature": 1.5}, "Name a river.", "temperature"),
         (
             RESPONSES,
             {
@@ -218,10 +217,25 @@ def test_a_scope_is_all_but_the_wording(form: Form) -> None:
         {"temperature": 0.1},
         {"model": "small"},
         {"tools": [{"name": "f"}]},
-        {"user": "u"},
         {"seed": 1},
     ):
         assert one != scope(form, asking(form, **difference))
+
+
+@pytest.mark.parametrize(
+    ("form", "field", "told_in_the_answer"),
+    [
+        (COMPLETIONS, "user", False),
+        (RESPONSES, "user", True),
+        (RESPONSES, "metadata", True),
+        (MESSAGES, "metadata", False),
+    ],
+)
+def test_whom_it_is_for_is_in_the_scope_where_the_answer_tells_it(
+    form: Form, field: str, told_in_the_answer: bool
+) -> None:
+    one, other = (scope(form, asking(form, "Name a river.", **{field: {"user_id": name}})) for name in ("ada", "bob"))
+    assert (one != other) == told_in_the_answer
 
 
 def test_blanks_around_a_prompt_make_it_another_one() -> None:
@@ -545,14 +559,7 @@ Ask = Callable[..., httpx.Response]
 
 @pytest.fixture(scope="module")
 def gateway(stub: Server, stub_triton: Tree, start_gateway: StartGateway) -> Server:
-    return start_gateway(
-        {
-            "triton": stub_triton,
-            "models": models(stub.url),
-            "policy": {"rules": [], "default": "smollm2-small"},
-            "semantic_cache": {"backend_type": "memory"},
-        }
-    )
+    return start_gateway(before_stubs(stub.url, stub_triton))
 
 
 @pytest.fixture(autouse=True)

@@ -88,7 +88,7 @@ def test_a_gateway_starts_with_everything_down(start_gateway: StartGateway) -> N
 def test_weights_that_are_not_the_manifest_s_are_not_used(
     stack: Stack, stub: Server, start_gateway: StartGateway, tmp_path: Path
 ) -> None:
-    for model in ("embedder", "classifier"):
+    for model in ("embedder", "classifier", "verifier"):
         manifest = json.loads((ROOT / f"model_repository/{model}/weights/manifest.json").read_text())
         other = tmp_path / f"{model}/weights/manifest.json"
         other.parent.mkdir(parents=True)

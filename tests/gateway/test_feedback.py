@@ -20,7 +20,7 @@ from gateway.config import Feedback as Settings
 from gateway.errors import BadRequest, UnknownAnswer
 from gateway.feedback import ENTRY_SIZE, FILE, LEDGER_SIZE, Feedback, Given, Ledger, Verdict, parse
 from gateway.metrics import Metrics
-from tests.conftest import Server, StartGateway, Tree, chat, content, models
+from tests.conftest import Server, StartGateway, Tree, before_stubs, chat, content, models
 from training.rows import read_rows
 
 GOOD, BAD = Verdict("id-1", True, None), Verdict("id-1", False, "wrong river")
@@ -90,7 +90,8 @@ def take(told: Feedback, verdict: Verdict, tenant: str = "alice") -> dict[str, A
 def entry(key: str) -> Entry:
     answer = Answer("small", {"role": "assistant", "content": "Glomma"}, "stop", None)
     vector = np.array([1, 0], dtype=np.float32)
-    return Entry(key, "scope", "Name a river.", vector, answer, Origin("small", "default", None, None), 1e12)
+    origin = Origin("small", "default", None, None)
+    return Entry(key, "scope", "alice", "Name a river.", vector, answer, origin, 0, 1e12)
 
 
 def test_only_a_bad_answer_is_evicted(tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_only_a_bad_answer_is_evicted(tmp_path: Path) -> None:
     assert asyncio.run(cache.get("key")) is not None
     assert take(told, BAD) == {"id": "id-1", "good": False, "evicted": True, "recorded": False}
     assert asyncio.run(cache.get("key")) is None
-    assert asyncio.run(cache.search("scope", np.array([1, 0], dtype=np.float32), 0.5)) is None
+    assert asyncio.run(cache.search("scope", np.array([1, 0], dtype=np.float32), 0.5)) == []
     assert len(cache) == 0
     assert take(told, BAD)["evicted"] is True  # said twice
     assert not (tmp_path / FILE).exists()
@@ -173,10 +174,7 @@ def test_a_file_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 def gateway(request: pytest.FixtureRequest, stub: Server, stub_triton: Tree, start_gateway: StartGateway) -> Server:
     return start_gateway(
         {
-            "triton": stub_triton,
-            "models": models(stub.url),
-            "policy": {"rules": [], "default": "smollm2-small"},
-            "semantic_cache": {"backend_type": "memory"},
+            **before_stubs(stub.url, stub_triton),
             "feedback": {"record": request.param},
         }
     )

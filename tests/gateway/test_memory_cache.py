@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gateway.answer import Answer
-from gateway.cache import Cache, Entry, Hit, Origin, Vector
+from gateway.cache import Cache, Entry, Hit, Origin, Selection, Vector
 from gateway.cache.memory import EvictionPolicy, MemoryCache
 
 ORIGIN = Origin(model="small", rule="default", category=None, complexity=None)
@@ -33,9 +33,9 @@ def at(degrees: float) -> Vector:
     return np.array([math.cos(angle), math.sin(angle)], dtype=np.float32)
 
 
-def entry(key: str, degrees: float = 0, scope: str = "scope", expires_at: float = 100) -> Entry:
+def entry(key: str, degrees: float = 0, scope: str = "scope", expires_at: float = 100, tenant: str = "tenant") -> Entry:
     answer = Answer("small", {"role": "assistant", "content": f"about {key}"}, "stop", None)
-    return Entry(key, scope, f"what is {key}?", at(degrees), answer, ORIGIN, expires_at)
+    return Entry(key, scope, tenant, f"what is {key}?", at(degrees), answer, ORIGIN, 0, expires_at)
 
 
 def get(cache: Cache, key: str) -> Entry | None:
@@ -43,7 +43,11 @@ def get(cache: Cache, key: str) -> Entry | None:
 
 
 def search(cache: Cache, degrees: float, threshold: float = 0.9, scope: str = "scope") -> Hit | None:
-    return asyncio.run(cache.search(scope, at(degrees), threshold))
+    """The nearest, which is served."""
+    hits = asyncio.run(cache.search(scope, at(degrees), threshold))
+    if hits:
+        cache.used(hits[0].entry.key)
+    return hits[0] if hits else None
 
 
 def found(cache: Cache, degrees: float, threshold: float = 0.9, scope: str = "scope") -> str | None:
@@ -225,6 +229,68 @@ def test_being_compared_is_not_being_used(clock: Clock) -> None:
     assert kept(cache, "abc") == "ac"
 
 
+def test_the_nearest_few_come_best_first(clock: Clock) -> None:
+    cache = MemoryCache(max_entries=100, policy="fifo", dimension=2, candidates=3, clock=clock)
+    for degrees in (50, 10, 40, 20, 30, 80):
+        cache.put(entry(f"at {degrees}", degrees))
+    hits = asyncio.run(cache.search("scope", at(0), 0.7))
+    assert [hit.entry.key for hit in hits] == ["at 10", "at 20", "at 30"]
+    assert [hit.similarity for hit in hits] == pytest.approx(
+        [math.cos(math.radians(d)) for d in (10, 20, 30)], abs=1e-6
+    )
+
+
+def test_what_has_expired_goes_without_being_asked_for(cache: MemoryCache, clock: Clock) -> None:
+    cache.put(entry("a", expires_at=10, scope="ada"))
+    clock.now = 11
+    cache.put(entry("b", scope="bob"))
+    assert len(cache) == 1
+
+
+def test_what_was_written_anew_expires_by_its_new_time(cache: MemoryCache, clock: Clock) -> None:
+    for expires_at in range(1, 500):
+        cache.put(entry("a", expires_at=expires_at))
+    clock.now = 498.5
+    assert get(cache, "a")
+    clock.now = 499
+    assert get(cache, "a") is None
+
+
+@pytest.mark.parametrize(
+    ("which", "left"),
+    [
+        (Selection(), ""),
+        (Selection(tenant="ada"), "cd"),
+        (Selection(scope="one"), "bd"),
+        (Selection(tenant="ada", scope="one"), "bcd"),
+        (Selection(model="small"), ""),
+        (Selection(model="large"), "abcd"),
+        (Selection(key="b"), "acd"),
+    ],
+)
+def test_a_purge_forgets_what_is_selected_and_nothing_else(clock: Clock, which: Selection, left: str) -> None:
+    cache = MemoryCache(max_entries=9, policy="fifo", dimension=2, clock=clock)
+    for key, tenant, scope in (("a", "ada", "one"), ("b", "ada", "two"), ("c", "bob", "one"), ("d", "bob", "two")):
+        cache.put(entry(key, 10, scope, tenant=tenant))
+    assert asyncio.run(cache.count(which)) == 4 - len(left)
+    asyncio.run(cache.purge(which))
+    assert kept(cache, "abcd") == left
+    assert sum(len(asyncio.run(cache.search(scope, at(10), 0.9))) for scope in ("one", "two")) == len(left)
+
+
+def test_entries_by_the_beginning_of_their_keys(cache: MemoryCache, clock: Clock) -> None:
+    for key, expires_at in (("aa", 100), ("ab", 5), ("b", 100)):
+        cache.put(entry(key, expires_at=expires_at))
+    clock.now = 6
+    assert [each.key for each in asyncio.run(cache.entries("a"))] == ["aa"]
+    assert [each.key for each in asyncio.run(cache.entries(""))] == ["aa", "b"]
+
+
+def test_more_than_the_machine_could_hold_is_refused_at_once() -> None:
+    with pytest.raises(MemoryError):
+        MemoryCache(max_entries=10**12, policy="fifo", dimension=384)
+
+
 def test_it_is_always_ready(cache: MemoryCache) -> None:
     asyncio.run(cache.check())
     asyncio.run(cache.close())
@@ -241,21 +307,21 @@ class Reference:
     tick: int = 0
 
     def get(self, key: str, now: float) -> Entry | None:
-        self._drop([key] if key in self.entries and self.entries[key].expires_at <= now else [])
+        self._sweep(now)
         return self._use(key) if key in self.entries else None
 
     def search(self, scope: str, vector: Vector, threshold: float, now: float) -> tuple[Entry, float] | None:
+        self._sweep(now)
         mine = [each for each in self.entries.values() if each.scope == scope]
-        self._drop([each.key for each in mine if each.expires_at <= now])
         similar = [
             (sum(a * b for a, b in zip(each.embedding.tolist(), vector.tolist(), strict=True)), each.key)
             for each in mine
-            if each.expires_at > now
         ]
         similarity, key = max(similar, default=(-2.0, ""))
         return (self._use(key), similarity) if similarity >= threshold else None
 
-    def put(self, new: Entry) -> None:
+    def put(self, new: Entry, now: float) -> None:
+        self._sweep(now)
         self._drop([new.key] if new.key in self.entries else [])
         if len(self.entries) == self.max_entries:
             self._drop([min(self.entries, key=self._worth)])
@@ -270,6 +336,9 @@ class Reference:
         self.tick += 1
         self.used[key].append(self.tick)
         return self.entries[key]
+
+    def _sweep(self, now: float) -> None:
+        self._drop([each.key for each in self.entries.values() if each.expires_at <= now])
 
     def _drop(self, keys: list[str]) -> None:
         for key in keys:
@@ -296,7 +365,10 @@ def test_two_thousand_operations_as_the_reference_does_them(policy: EvictionPoli
                 seen["hit by key" if expected else "miss"] += 1
             case "search":
                 wanted = reference.search(scope, near, 0.8, clock.now)
-                hit = await cache.search(scope, near, 0.8)
+                hits = await cache.search(scope, near, 0.8)
+                hit = hits[0] if hits else None
+                if hit is not None:
+                    cache.used(hit.entry.key)
                 assert (hit.entry if hit else None) is (wanted[0] if wanted else None)
                 assert (hit.similarity if hit else 0) == pytest.approx(wanted[1] if wanted else 0, abs=1e-6)
                 seen["hit by meaning" if wanted else "miss"] += 1
@@ -306,7 +378,7 @@ def test_two_thousand_operations_as_the_reference_does_them(policy: EvictionPoli
                     embedding=meanings[question],
                 )
                 seen["full"] += len(cache) == 8
-                reference.put(new)
+                reference.put(new, clock.now)
                 cache.put(new)
             case "wait":
                 clock.now += float(random.uniform(0, 5))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from gateway.openapi import DOCUMENT
-from tests.conftest import Server, StartGateway, Tree, models
+from tests.conftest import Server, StartGateway, Tree, before_stubs
 
 schemathesis = pytest.importorskip("schemathesis", reason="comes with the test extra")
 from schemathesis.checks import not_a_server_error  # noqa: E402
@@ -30,19 +30,13 @@ CHECKS = [
 ]
 
 
+schemathesis.serializer.alias("application/x-ndjson", "text/plain")
 schema = schemathesis.openapi.from_dict(DOCUMENT)
 
 
 @pytest.fixture(scope="module")
 def gateway(stub: Server, stub_triton: Tree, start_gateway: StartGateway) -> Server:
-    return start_gateway(
-        {
-            "triton": stub_triton,
-            "models": models(stub.url),
-            "policy": {"rules": [], "default": "smollm2-small"},
-            "semantic_cache": {"backend_type": "memory"},
-        }
-    )
+    return start_gateway(before_stubs(stub.url, stub_triton))
 
 
 @schema.parametrize()

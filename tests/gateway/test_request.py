@@ -13,12 +13,13 @@ from gateway.errors import BadRequest
 from gateway.request import (
     CacheControl,
     ChatRequest,
+    credential,
     is_request_id,
+    owner,
     parse,
     parse_cache_control,
     question_key,
     scope_key,
-    tenant,
     upstream_body,
 )
 
@@ -177,7 +178,7 @@ def read(raw: bytes) -> ChatRequest | None:
         request = parse(raw)
     except BadRequest:
         return None
-    question_key(scope_key(request, tenant({})), request.question).encode()
+    question_key(scope_key(request, credential({})), request.question).encode()
     json.loads(upstream_body(request, "small", want_usage=True))
     return request
 
@@ -347,7 +348,6 @@ def test_passing_on_leaves_the_request_as_it_is() -> None:
         {"logit_bias": {"1": 5}},
         {"chat_template_kwargs": {"enable_thinking": False}},
         {"a_field_of_tomorrow": 1},
-        {"user": "ada"},
     ],
 )
 def test_what_can_change_an_answer_is_in_the_scope(changes: dict[str, Any]) -> None:
@@ -381,14 +381,38 @@ def test_the_order_of_keys_is_not_in_the_scope() -> None:
 
 
 def test_the_tenant_is_in_the_scope() -> None:
-    ada, bob, nobody = tenant({"authorization": "Bearer a"}), tenant({"authorization": "Bearer b"}), tenant({})
+    ada, bob = (credential({"authorization": f"Bearer {key}"}) for key in "ab")
+    nobody = credential({})
     assert len({scope_key(parsed(), who) for who in (ada, bob, nobody)}) == 3
-    assert tenant({"authorization": "Bearer a"}) == ada
+    assert credential({"authorization": "Bearer a"}) == ada
+
+
+def test_who_shares_answers() -> None:
+    def owners(sharing: Any) -> list[str]:
+        asking = [
+            ("search", "key-1", "ada"),
+            ("search", "key-1", "bob"),
+            ("search", "key-2", "ada"),
+            ("shop", "k", "ada"),
+        ]
+        return [owner(parsed(user=user), sharing, tenant, key) for tenant, key, user in asking]
+
+    assert len(set(owners("global"))) == 1
+    one, same, also, other = owners("tenant")
+    assert one == same == also != other
+    assert len(set(owners("user"))) == 4
+    assert owner(parsed(user="ada"), "user", "search", "k") == owner(parsed(user="ada"), "user", "search", "k")
+
+
+@pytest.mark.parametrize("field", ["user", "safety_identifier", "prompt_cache_key"])
+def test_whom_it_is_for_is_not_in_the_scope_but_may_be_in_the_owner(field: str) -> None:
+    assert scope(parsed(**{field: "ada"})) == scope(parsed())
+    assert owner(parsed(**{field: "ada"}), "user", "t", "k") != owner(parsed(), "user", "t", "k")
 
 
 def test_a_tenant_does_not_show_its_credential() -> None:
-    assert "secret" not in tenant({"authorization": "Bearer secret"})
-    assert len(tenant({"authorization": "Bearer " + "secret" * 100})) == 64
+    assert "secret" not in credential({"authorization": "Bearer secret"})
+    assert len(credential({"authorization": "Bearer " + "secret" * 100})) == 64
 
 
 def test_a_text_part_is_the_same_question_as_a_string() -> None:
@@ -413,8 +437,6 @@ def test_one_key_for_each_scope_and_question() -> None:
         ({"n": 2}, "n is not 1"),
         ({"n": 0}, "n is not 1"),
         ({"n": [1]}, "n is not 1"),
-        ({"temperature": 1.01}, "temperature is above 1.0"),
-        ({"temperature": 2}, "temperature is above 1.0"),
         ({"logprobs": True}, "log probabilities are asked for"),
         ({"top_logprobs": 3}, "log probabilities are asked for"),
         ({"prompt_logprobs": 1}, "log probabilities are asked for"),
@@ -472,23 +494,29 @@ def test_a_cacheable_request(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("header", "lookup", "store"),
+    ("header", "lookup", "store", "ttl"),
     [
-        (None, True, True),
-        ("", True, True),
-        ("no-cache", False, True),
-        ("no-store", True, False),
-        ("no-cache, no-store", False, False),
-        (" No-Store,NO-CACHE ,", False, False),
+        (None, True, True, None),
+        ("", True, True, None),
+        ("no-cache", False, True, None),
+        ("no-store", True, False, None),
+        ("no-cache, no-store", False, False, None),
+        (" No-Store,NO-CACHE ,", False, False, None),
+        ("ttl=60", True, True, 60),
+        ("TTL=60, ttl=30", True, True, 30),
+        ("ttl=0", True, False, 0),
     ],
 )
-def test_cache_control(header: str | None, lookup: bool, store: bool) -> None:
-    assert parse_cache_control(header) == CacheControl(lookup=lookup, store=store)
+def test_cache_control(header: str | None, lookup: bool, store: bool, ttl: int | None) -> None:
+    assert parse_cache_control(header) == CacheControl(lookup=lookup, store=store, ttl_seconds=ttl)
 
 
-@pytest.mark.parametrize("header", ["max-age=0", "no-cache; no-store", "nocache", "no-cache, private"])
+@pytest.mark.parametrize(
+    "header",
+    ["max-age=0", "no-cache; no-store", "nocache", "no-cache, private", "ttl=", "ttl=-1", "ttl=1e3", "ttl=1 2"],
+)
 def test_an_unknown_cache_control(header: str) -> None:
-    with pytest.raises(BadRequest, match=r"^x-fingerpost-cache-control takes no-cache and no-store, not "):
+    with pytest.raises(BadRequest, match=r"^x-fingerpost-cache-control takes no-cache, no-store and ttl=seconds, not "):
         parse_cache_control(header)
 
 

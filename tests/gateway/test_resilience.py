@@ -100,7 +100,9 @@ async def ask(upstream: Upstream, *models: config.Model, stream: bool = False) -
 
     reply = await upstream.send(models, body, "test", stream=stream)
     try:
-        text = b"".join([chunk async for chunk in reply.chunks()]) if reply.is_stream else reply.body
+        text = reply.body
+        while reply.is_stream and (piece := await reply.piece()):
+            text += piece
     finally:
         reply.close()
     return reply, text.decode(errors="replace")

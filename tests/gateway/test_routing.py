@@ -153,10 +153,10 @@ def test_the_cache_compares_what_came_and_not_what_was_read(start: Any) -> None:
     assert outcome(chat(gateway.url, "Which noise?")) == "miss"
     assert outcome(chat(gateway.url, f"Which noise? {NOISE}")) == "hit-exact"
     before = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello!"}]
-    for first_turn, expected in (("Which one now?", "miss"), ("one now, which?", "hit-semantic")):
+    for first_turn, expected in (("Which one here?", "miss"), ("one here, which?", "hit-semantic")):
         asked = {"role": "user", "content": first_turn}
         assert outcome(chat(gateway.url, messages=[*before, asked])) == expected
-    assert outcome(chat(gateway.url, "Which one now?")) == "miss"
+    assert outcome(chat(gateway.url, "Which one here?")) == "miss"
 
 
 def test_a_conversation_is_read_in_one_round_trip(gateway: Server) -> None:
@@ -204,10 +204,10 @@ def test_a_named_model_is_sent_nothing_of_rules(gateway: Server, stub: Server) -
 def test_answers_of_other_rules_are_not_shared(gateway: Server) -> None:
     """The same words in another order mean the same to the stub, and each is a rule's own."""
     ask = {"model": "auto-brief"}
-    assert outcome(chat(gateway.url, "Please say all of it to me briefly now.", **ask)) == "miss"
-    assert outcome(chat(gateway.url, "Please say all of it to me briefly now.", **ask)) == "hit-exact"
-    assert outcome(chat(gateway.url, "Now please say briefly all of it to me.", **ask)) == "hit-semantic"
-    near = chat(gateway.url, "Please say all of it to me brieflyish now.", **ask)
+    assert outcome(chat(gateway.url, "Please say all of it to me briefly here.", **ask)) == "miss"
+    assert outcome(chat(gateway.url, "Please say all of it to me briefly here.", **ask)) == "hit-exact"
+    assert outcome(chat(gateway.url, "Here please say briefly all of it to me.", **ask)) == "hit-semantic"
+    near = chat(gateway.url, "Please say all of it to me brieflyish here.", **ask)
     assert (outcome(near), near.headers["x-fingerpost-rule"]) == ("miss", "thorough")
 
 

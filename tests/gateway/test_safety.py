@@ -32,6 +32,7 @@ from tests.conftest import (
     StartGateway,
     Tree,
     answers,
+    before_stubs,
     chat,
     content,
     free_port,
@@ -588,9 +589,9 @@ def test_a_client_that_does_not_read_is_not_buffered_for_and_let_go(gateway: Ser
     fail(stub, "flood")
     before, size, ends = told(stub), memory(gateway), ended(gateway, "not_read")
     with contextlib.ExitStack() as stack:
-        for _ in range(4):
+        for i in range(4):  # each asks something else: one generation would do for the same
             client = stack.enter_context(connected(gateway, receive_buffer=16_384))
-            client.sendall(request(chat_body("Tell me everything.", stream=True)))
+            client.sendall(request(chat_body(f"Tell me everything, part {i}.", stream=True)))
         wait_until("the flood", lambda: told(stub)["flooded"] > before["flooded"])
         wait_until("the clients to be let go", lambda: ended(gateway, "not_read") == ends + 4, 60)
         wait_until("vLLM to be told", lambda: told(stub)["abandoned"] == before["abandoned"] + 4, 60)
@@ -613,6 +614,26 @@ def test_a_client_that_reads_slowly_gets_all_of_it(gateway: Server, stub: Server
             taken += len(piece)
             time.sleep(0.02)
     assert taken > 10 * 65_536
+
+
+def test_one_that_does_not_read_is_left_behind_by_one_that_does(gateway: Server, stub: Server) -> None:
+    """They share a generation, and what one of them has not read is not held for it."""
+    fail(stub, "flood")
+    before, asked = told(stub), request(chat_body("Tell both of us everything.", stream=True))
+    with connected(gateway, receive_buffer=16_384) as slow, connected(gateway) as quick:
+        slow.sendall(asked)
+        quick.sendall(asked)
+        taken, size = 0, 0
+        while taken < 96 * 2**20:
+            piece = quick.recv(2**20)
+            assert piece
+            taken += len(piece)
+            size = size or memory(gateway)
+        assert memory(gateway) - size < 32 * 2**20
+        fail(stub, "none")
+        assert len(told(stub)["received"]) == len(before["received"]) + 1
+        quick.close()
+        assert len(everything(slow)) < 16 * 2**20
 
 
 # Logs
@@ -668,10 +689,7 @@ def test_prompts_are_logged_where_the_operator_wants_them(
     gateway = start_gateway(
         {
             "log_prompts": True,
-            "triton": stub_triton,
-            "models": models(stub.url),
-            "policy": {"rules": [], "default": "smollm2-small"},
-            "semantic_cache": {"backend_type": "memory"},
+            **before_stubs(stub.url, stub_triton),
             "tenants": [{"name": "team", "key_sha256": [digest("client-secret")]}],
         }
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import subprocess
 import sys
@@ -21,7 +22,18 @@ from gateway.config import ConfigError, Tenant, load
 from gateway.errors import LimitReached, ModelNotAllowed, Unauthenticated
 from gateway.tenants import Account, Admission, Tenants, digest, duration, matches, new_key, offered_key
 from gateway.usage import total, usage
-from tests.conftest import ROOT, Server, StartGateway, Tree, chat, events, merged, models, shipped, wait_until
+from tests.conftest import (
+    ROOT,
+    Server,
+    StartGateway,
+    Tree,
+    before_stubs,
+    chat,
+    events,
+    merged,
+    shipped,
+    wait_until,
+)
 
 Ask = Callable[..., httpx.Response]
 
@@ -312,6 +324,40 @@ def test_an_answer_that_was_broken_off_is_billed_by_its_length(clock: Clock) -> 
     assert 400 < admission.tokens < 600
 
 
+PIECE = b'{"choices": [{"delta": {"content": "word"}}], "usage": null}'
+TOLD = b'{"usage": {"prompt_tokens": 30, "completion_tokens": 25, "total_tokens": 55}}'
+
+
+@pytest.mark.parametrize(("before", "at_the_end"), [([], 10), ([PIECE] * 2, 12), ([TOLD], 55)])
+def test_what_others_read_on_when_a_request_has_ended_is_charged_to_it(
+    clock: Clock, before: list[bytes], at_the_end: int
+) -> None:
+    limited = account(clock, tokens_per_minute=100)
+    admission = admit(limited)
+    admission.reserve(10)
+    for piece in before:
+        admission.read(piece)
+    admission.end(failed=False)
+    assert admission.tokens == at_the_end
+    for _ in range(3):
+        admission.read(PIECE)
+    admission.read(TOLD)
+    assert (admission.over(), admission.over()) == (55 - at_the_end, 0)
+    assert limited.headers()["x-ratelimit-remaining-tokens"] == "45"
+
+
+def test_the_prompt_is_charged_once_however_often_the_pieces_are(clock: Clock) -> None:
+    admission = admit(account(clock, tokens_per_minute=100))
+    admission.reserve(10)
+    for _ in range(3):
+        admission.read(PIECE)
+    assert admission.over() == 0  # not before its end
+    admission.end(failed=False)
+    for _ in range(4):
+        admission.read(PIECE)
+    assert (admission.over(), admission.tokens) == (4, 17)
+
+
 # The command
 
 
@@ -325,7 +371,8 @@ def test_the_command_makes_a_key_and_its_digest() -> None:
 
 # Over HTTP
 
-KEYS = {name: f"fp-{name}" for name in ("team", "team-too", "other", "small", "reader", "slow", "few", "metered")}
+NAMES = ("team", "team-too", "other", "small", "reader", "slow", "few", "metered", "leaver")
+KEYS = {name: f"fp-{name}" for name in NAMES}
 TENANTS: list[Tree] = [
     {"name": "team", "key_sha256": [digest(KEYS["team"]), digest(KEYS["team-too"])]},
     {"name": "other", "key_sha256": [digest(KEYS["other"])]},
@@ -334,6 +381,7 @@ TENANTS: list[Tree] = [
     {"name": "slow", "key_sha256": [digest(KEYS["slow"])], "concurrent_requests": 1},
     {"name": "few", "key_sha256": [digest(KEYS["few"])], "requests_per_minute": 2},
     {"name": "metered", "key_sha256": [digest(KEYS["metered"])], "tokens_per_minute": 1000},
+    {"name": "leaver", "key_sha256": [digest(KEYS["leaver"])]},
 ]
 
 
@@ -341,10 +389,7 @@ TENANTS: list[Tree] = [
 def gateway(stub: Server, stub_triton: Tree, start_gateway: StartGateway) -> Server:
     return start_gateway(
         {
-            "triton": stub_triton,
-            "models": models(stub.url),
-            "policy": {"rules": [], "default": "smollm2-small"},
-            "semantic_cache": {"backend_type": "memory"},
+            **before_stubs(stub.url, stub_triton),
             "tenants": TENANTS,
         }
     )
@@ -462,6 +507,37 @@ def test_tokens_per_minute_over_http(ask: Ask, gateway: Server) -> None:
     for long in (ask("metered", "word " * 1000), ask("metered", "Hi", tools=tools)):
         assert (long.status_code, long.headers["x-should-retry"]) == (429, "false")
         assert long.json()["error"]["type"] == "tokens"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_an_answer_to_others_pays_for_all_of_it(gateway: Server, stub: Server, stream: bool) -> None:
+    """Before the first byte, as of what is not streamed, or after it."""
+
+    def spent() -> float:
+        return metric(gateway, 'fingerpost_tenant_tokens_total{tenant="leaver"}')
+
+    messages = [{"role": "user", "content": f"Which answer is left? {stream}"}]
+    asked: Tree = {
+        "json": {"model": "auto", "messages": messages, "stream": stream},
+        "headers": {"Authorization": f"Bearer {KEYS['leaver']}"},
+    }
+
+    async def scenario() -> httpx.Response:
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=60) as client:
+            first = asyncio.ensure_future(client.post("/v1/chat/completions", **asked))
+            await asyncio.sleep(0.15)
+            second = asyncio.ensure_future(client.post("/v1/chat/completions", **asked))
+            await asyncio.sleep(0.1)
+            first.cancel()
+            return await second
+
+    before = spent()
+    httpx.post(f"{stub.url}/stub", json={"fault": "slow"}).raise_for_status()
+    try:
+        assert asyncio.run(scenario()).headers["x-fingerpost-cache"] == "joined"
+    finally:
+        httpx.post(f"{stub.url}/stub", json={"fault": "none"}).raise_for_status()
+    wait_until("the answer to be charged", lambda: spent() == before + 31, 5)
 
 
 def test_the_official_client_understands(gateway: Server) -> None:

@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gateway.contract import Ability, Abstention, Contract
+from gateway.contract import Ability, Abstention, Contract, Threshold, Verification
 from gateway.triton import TritonUnavailable, reading
 
+VERIFICATION = Verification(floor=0.5, alike=0.95, thresholds=(Threshold(max_error_rate=0.01, score=1.0),))
 CONTRACT = Contract(
     labels=("law", "math", "other"),
     dimension=2,
     embedder="e",
     classifier="c",
+    verifier="v",
+    verification=VERIFICATION,
     abstention=Abstention(label="other", below=0.5),
     difficulty=2,
     abilities={"weak": Ability(weights=(-1.0, -2.0), bias=0.0), "strong": Ability(weights=(-1.0, 0.0), bias=3.0)},
@@ -56,7 +59,7 @@ def test_an_abstention_leaves_the_scores_alone() -> None:
 
 @pytest.mark.parametrize("size", [1, 8])
 def test_a_manifest_without_abilities(size: int) -> None:
-    plain = Contract(CONTRACT.labels, 2, "e", "c")
+    plain = Contract(CONTRACT.labels, 2, "e", "c", "v", VERIFICATION)
     assert reading(outputs(difficulty=[1.0] * size), plain, cut=False).quality == {}
 
 

@@ -1,0 +1,1 @@
+"""The semantic cache by itself: labelled questions replayed through several caches, on the same embeddings."""

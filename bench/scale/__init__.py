@@ -1,0 +1,1 @@
+"""How the semantic cache bears a thousand entries, a hundred thousand and a million: docs/scale.md."""

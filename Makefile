@@ -7,12 +7,15 @@ PY := .venv/bin/python
 PIP_INSTALL := -m pip install --disable-pip-version-check
 PINNED := --constraint deploy/local/constraints.txt
 
-.PHONY: help serve test check bench soak train evaluate calibrate label base benchmarks weights triton milvus vllm clean
+.PHONY: help serve test check bench bench-cache soak soak-scopes train evaluate train-verifier evaluate-verifier \
+	calibrate label base benchmarks weights triton milvus vllm clean
 
 help:
 	@echo 'make serve  [CONFIG=config/config.yaml]   start Triton, Milvus, vLLM (as configured) and the gateway'
 	@echo 'make train  [DATA="rows.jsonl more.csv"] [BASE=small|hub-id|folder] [START=base|shipped]   train the heads'
 	@echo 'make evaluate [DATA=...]   measure the exported heads and write a report to runs/'
+	@echo 'make train-verifier [DATA="groups.jsonl"] [BASE=...] [ARGS="--epochs 3"]   train what verifies near misses of the cache'
+	@echo 'make evaluate-verifier [ARGS="--public folder"]   measure it, and write a report to runs/'
 	@echo 'make calibrate MODEL=name DATA=graded.jsonl   place a model on the scale of abilities'
 	@echo 'make label PROMPTS=prompts.txt   propose labels for prompts, for review'
 	@echo 'make weights  export what model_repository/ lacks from what is shipped'
@@ -21,6 +24,8 @@ help:
 	@echo 'make test   [ARGS="tests/gateway -k name"]   run the tests, against real servers'
 	@echo 'make check  lint, types, compose file'
 	@echo 'make bench  [ARGS="--quick"]   measure the gateway beside LiteLLM, into bench/results (under 20 minutes; quick: 3)'
+	@echo 'make bench-cache [ARGS="--quick"]   measure the semantic cache beside static thresholds and GPTCache'
+	@echo 'make soak-scopes [ARGS="--requests 50000"]   does anybody get what is not his, while parts are killed?'
 	@echo 'make soak   [ARGS="--minutes 30"]   mixed load for long: does the gateway hold more and more?'
 
 serve: .venv/done
@@ -36,6 +41,12 @@ train: .venv/done
 
 evaluate: .venv/done weights
 	@$(PY) -m training evaluate $(if $(DATA),--data $(DATA)) $(ARGS)
+
+train-verifier: .venv/done
+	@$(PY) -m training train-verifier --base $(BASE) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+evaluate-verifier: .venv/done weights
+	@$(PY) -m training evaluate-verifier $(if $(DATA),--data $(DATA)) $(ARGS)
 
 calibrate: .venv/done weights
 	@$(PY) -m training calibrate --model $(MODEL) --data $(DATA) $(ARGS)
@@ -64,9 +75,17 @@ check: .venv/done .venv/tests
 bench: .venv/done .venv-bench/done triton
 	@$(PY) -m bench $(ARGS)
 
+# The semantic cache on labelled questions, beside static thresholds and GPTCache: docs/benchmarks.md.
+bench-cache: .venv/done .venv-gptcache/done weights
+	@$(PY) -m bench.cache $(ARGS)
+
 # Mixed load on the gateway, Triton and Milvus for half an hour: docs/benchmarks.md.
 soak: .venv/done triton milvus
 	@$(PY) -m bench.soak $(ARGS)
+
+# Nobody gets what is not his: 50,000 requests of two tenants to two gateways, while parts are killed: docs/benchmarks.md.
+soak-scopes: .venv/done triton milvus
+	@$(PY) -m bench.scopes $(ARGS)
 
 # What `serve` starts on this machine, each with what it needs: nothing here is installed unless the configuration asks.
 triton: .venv-triton/done weights
@@ -111,5 +130,11 @@ vllm: .venv-vllm/done
 	@bench/install_wrk .venv-bench
 	@touch $@
 
+.venv-gptcache/done: bench/cache/requirements-gptcache.txt
+	@echo 'installing GPTCache into .venv-gptcache (about 1 minute the first time)'
+	@test -x .venv-gptcache/bin/python || $(PYTHON) -m venv .venv-gptcache
+	@.venv-gptcache/bin/python $(PIP_INSTALL) --requirement $<
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-triton .venv-vllm .venv-bench weights runs model_repository/*/weights
+	rm -rf .venv .venv-triton .venv-vllm .venv-bench .venv-gptcache weights runs model_repository/*/weights

@@ -29,6 +29,9 @@ SETTINGS: dict[str, object] = {
     "common.session.ttl": 10,
     "grpc.client.maxBackoff": 1,  # seconds; with the default of 10 that start takes three times as long
     "grpc.client.maxMaxAttempts": 60,
+    # What is not indexed yet, and what never will be for being small, is compared whole: the index that Milvus makes of
+    # it in the meantime finds half of a small scope's neighbours (docs/scale.md).
+    "queryNode.segcore.interimIndex.enableIndex": "false",
     "etcd_log_path": "stdout",
     "etcd_log_level": "warn",
     "log.level": "warn",

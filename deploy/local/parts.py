@@ -45,7 +45,7 @@ def _triton(config: Config) -> Iterator[Part]:
     if local is None or url.hostname not in LOOPBACK or url.port is None:
         return
     repository = config.triton.model_repository
-    networks = (repository / model / "weights/model.onnx" for model in ("embedder", "classifier"))
+    networks = (repository / model / "weights/model.onnx" for model in ("embedder", "classifier", "verifier"))
     command = (
         *(TRITON_PYTHON, "-m", "deploy.local.triton", "--repository", str(repository)),
         *("--grpc-port", str(url.port), "--http-port", str(local.http_port), "--metrics-port", str(local.metrics_port)),

@@ -400,10 +400,8 @@ class Chat:
         if answer is None or self._cache is None or route.reading is None:
             return None
         self._cache.put(self._entry(call, route, answer))
-        if self._checks is not None:
-            self._checks.renewed(call.key)
-            if near is not None:
-                self._checks.of_miss(call.request.question, near, answer, self._say)
+        if self._checks is not None and near is not None:
+            self._checks.of_miss(call.request.question, near, answer, self._say)
         return call.key
 
     async def _anew(self, call: Call, route: Route) -> Answer | None:

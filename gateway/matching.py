@@ -43,7 +43,7 @@ class Decides(Protocol):
         """What share of the hits is wrong; None when nobody looks."""
 
     def decide(self, keys: Sequence[str], scores: Vector) -> NDArray[np.bool_]:
-        """Which of the entries of these keys might be served to a question that has these scores."""
+        """Which of the answers of these keys might be served to a question that has these scores."""
 
     def serves(self, key: str, score: float) -> bool:
         """Whether the one that is proposed is."""
@@ -127,7 +127,7 @@ class Matcher:
         if not proposals:
             return NO_MATCH
         best, _ = self.best(proposals)
-        is_served = self._decides.serves(best.entry.key, best.score)
+        is_served = self._decides.serves(best.entry.answer_key, best.score)
         self._metrics.verified.labels("served" if is_served else "refused").inc()
         if math.isinf(best.score):  # the verifier cannot read it
             return NO_MATCH
@@ -145,7 +145,8 @@ class Matcher:
 
     def best(self, proposals: Sequence[Proposal]) -> tuple[Proposal, bool]:
         """The one to serve rather than the others, and whether it might be."""
-        keys, scores = [each.entry.key for each in proposals], np.array([each.score for each in proposals], np.float32)
+        keys = [each.entry.answer_key for each in proposals]
+        scores = np.array([each.score for each in proposals], np.float32)
         may_serve = self._decides.decide(keys, scores) | (scores >= SURE)
         return proposals[int(may_serve.argmax())], bool(may_serve.any())
 

@@ -90,10 +90,6 @@ class Checks:
 
         self._start(self._check(question, near, generated, ask, is_served=False, weight=1.0))
 
-    def renewed(self, key: str) -> None:
-        """The entry has another answer: what was observed of the one before tells nothing of it."""
-        self._curves.forget(key)
-
     @property
     def under_way(self) -> int:
         return len(self._tasks)
@@ -126,7 +122,7 @@ class Checks:
             return
         kind = "served" if is_served else "refused"
         self._metrics.checks.labels(f"{kind}_{'right' if agrees else 'wrong'}").inc()
-        found = Observation(proposal.entry.key, proposal.score, agrees, is_served, weight, time.time())
+        found = Observation(proposal.entry.answer_key, proposal.score, agrees, is_served, weight, time.time())
         self._curves.observe(found)
         if self._journal is not None:
             self._journal.write(found)

@@ -42,6 +42,11 @@ class Entry:
     created_at: float  # seconds since the epoch
     expires_at: float
 
+    @property
+    def answer_key(self) -> str:
+        """Of this answer: a later one to the same question has another. At most 64 characters."""
+        return f"{self.key[:48]}-{int(self.created_at * 1000)}"
+
 
 @dataclass(frozen=True, slots=True)
 class Hit:

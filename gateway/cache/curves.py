@@ -70,7 +70,7 @@ LEAST = 1e-30  # of what a logarithm is taken of
 class Observation:
     """Whether a cached answer serves a new question. Raises `ValueError` when the weight is not 1 / a probability."""
 
-    key: str  # of the cached entry
+    key: str  # of the cached answer
     score: float
     right: bool
     served: bool
@@ -238,10 +238,6 @@ class Curves:
         if self._unused >= min(REFRESH, 1 + len(self._seen) // 8):
             self._refresh()
 
-    def forget(self, key: str) -> None:
-        """The entry is gone, or has another answer: it begins anew. What it showed about entries at large remains."""
-        self._entries.pop(key, None)
-
     def _add(self, seen: _Seen) -> None:
         self._learn(seen.entry, _with(seen.entry.own, seen, MAX_OWN))
         if seen.observation.served:
@@ -251,7 +247,7 @@ class Curves:
     def _drop(self, seen: _Seen) -> None:
         """Forget the oldest observation."""
         self._learn(seen.entry, _without(seen.entry.own, seen))
-        if not seen.entry.own and self._entries.get(seen.observation.key) is seen.entry:
+        if not seen.entry.own:
             del self._entries[seen.observation.key]
         if seen.observation.served:
             self._sums -= _summands(seen.observation)

@@ -62,6 +62,7 @@ STALE_SECONDS = 60.0  # for which a search may, at the worst, find what was dele
 SWEEP_SECONDS = 60.0  # between two times that what has expired is deleted
 MARK_SECONDS = 3600.0  # that a purge can be seen by those who were cut off
 PAGE_ROWS = 16_384  # Milvus' limit
+READ_ROWS = 256  # at once, since each may hold an answer of VARCHAR_BYTES
 
 _FAILURES = (MilvusException, grpc.RpcError, TimeoutError, OSError)
 
@@ -99,13 +100,14 @@ class MilvusCache:
         self._wide: cachetools.TTLCache[Purge, None] = cachetools.TTLCache(QUEUED_ENTRIES, MARK_SECONDS)  # of many keys
         self._purged: cachetools.TTLCache[str, int] = cachetools.TTLCache(PAGE_ROWS, MARK_SECONDS)  # key -> until when
         self._queue: asyncio.Queue[Entry | _Order] = asyncio.Queue(QUEUED_ENTRIES)
+        self._again: asyncio.Queue[str] = asyncio.Queue()  # filters of what may have been written after its purge
         self.client = AsyncMilvusClient(**connection_arguments(settings))
         self._open = asyncio.Event()
         self._broken = asyncio.Event()
         self._broken.set()
         self._why = "is being opened"
         self._looked_at = -math.inf  # time.monotonic() when it began to see all that others had purged until then
-        background = (self._keep_open(), self._write(), self._follow(), self._sweep())
+        background = (self._keep_open(), self._write(), self._follow(), self._delete_again(), self._sweep())
         self._tasks = tuple(map(asyncio.create_task, background))
         for task in self._tasks:
             task.add_done_callback(self._ended)
@@ -206,14 +208,14 @@ class MilvusCache:
     async def entries(self, prefix: str) -> list[Entry]:
         begins = f"key like {quoted(prefix + '%')} and " if prefix else ""
         wanted = begins + live(time.time())
-        rows = await self._ask(
-            self.client.query,
-            seconds=self._settings.connection.timeout,
-            filter=wanted,
-            output_fields=self._rows.fields,
-            limit=PAGE_ROWS,
-        )
-        return [entry for row in rows if (entry := await self._newest(row))]
+        rows = await self._ask_patiently(self.client.query, filter=wanted, output_fields=["key"], limit=PAGE_ROWS)
+        keys = [quoted(row["key"]) for row in rows]
+        found: list[Entry] = []
+        for i in range(0, len(keys), READ_ROWS):
+            these = f"key in [{', '.join(keys[i : i + READ_ROWS])}]"
+            rows = await self._ask_patiently(self.client.query, filter=these, output_fields=self._rows.fields)
+            found += [entry for row in rows if (entry := await self._newest(row))]
+        return found
 
     async def check(self) -> None:
         try:
@@ -247,30 +249,35 @@ class MilvusCache:
             "output_fields": self._rows.fields,
         }
 
-    async def _ask(self, call: Callable[..., Awaitable[Any]], *, seconds: float = LOOKUP_SECONDS, **given: Any) -> Any:
+    async def _ask(self, call: Callable[..., Awaitable[Any]], **given: Any) -> Any:
         """One lookup, bounded in time; any failure closes the cache until `_keep_open` has opened it again."""
-        if not self._open.is_set():
-            raise CacheUnavailable(self._why)
-        self._must_be_current()
-        given = {"consistency_level": self._settings.search.consistency_level, **given}
         try:
-            async with asyncio.timeout(seconds):
-                return await call(self.collection, timeout=seconds, **given)
+            return await self._asked(call, LOOKUP_SECONDS, given)
         except _FAILURES as error:
             self._fail(error)
             raise CacheUnavailable(self._why) from error
 
+    async def _ask_patiently(self, call: Callable[..., Awaitable[Any]], **given: Any) -> Any:
+        """What may take long, since it is about many entries; its failure tells nothing of lookups."""
+        try:
+            return await self._asked(call, self._settings.connection.timeout, given)
+        except _FAILURES as error:
+            raise CacheUnavailable(f"does not answer: {_words(error)}") from error
+
+    async def _asked(self, call: Callable[..., Awaitable[Any]], seconds: float, given: dict[str, Any]) -> Any:
+        if not self._open.is_set():
+            raise CacheUnavailable(self._why)
+        self._must_be_current()
+        given = {"consistency_level": self._settings.search.consistency_level, **given}
+        async with asyncio.timeout(seconds):
+            return await call(self.collection, timeout=seconds, **given)
+
     async def _counted(self, wanted: str) -> int:
-        rows = await self._ask(
-            self.client.query,
-            seconds=self._settings.connection.timeout,
-            filter=wanted,
-            output_fields=["count(*)"],
-        )
+        rows = await self._ask_patiently(self.client.query, filter=wanted, output_fields=["count(*)"])
         return int(rows[0]["count(*)"])
 
     def _fail(self, error: BaseException) -> None:
-        self._why = f"does not answer: {str(error) or type(error).__name__}"
+        self._why = f"does not answer: {_words(error)}"
         if self._open.is_set():
             log.warning("milvus: %s; going on without it", self._why)
         self._open.clear()
@@ -288,7 +295,7 @@ class MilvusCache:
                 await self._open_collection()
                 await self._catch_up(MARK_SECONDS)
             except (*_FAILURES, SchemaMismatch) as error:
-                if self._why != (why := str(error) or type(error).__name__):
+                if self._why != (why := _words(error)):
                     log.warning("milvus: cannot be opened, going on without it: %s", why)
                 self._why = why
                 await asyncio.sleep(REOPEN_SECONDS)
@@ -363,6 +370,8 @@ class MilvusCache:
                 await self._send(rows[1:])
         is_sent = await self._send([rows[0] for rows in fitting])
         self._count("stored" if is_sent else "failed", len(fitting))
+        for entry in filter(self._is_purged, kept):  # in the meantime, and perhaps before the row was there
+            self._again.put_nowait(Purge(Selection(key=entry.key), milliseconds(entry.created_at)).filter)
 
     async def _send(self, rows: list[Row]) -> bool:
         """Whether Milvus has taken the rows, in the place of those with their keys."""
@@ -393,7 +402,7 @@ class MilvusCache:
             await asyncio.sleep(FOLLOW_SECONDS)
 
     async def _catch_up(self, seconds: float) -> None:
-        """See what was purged in so many seconds, and see to it that nothing of it was written afterwards."""
+        """See what was purged in so many seconds."""
         looked_at = time.monotonic()
         for mark in await self._marks(seconds):
             try:
@@ -402,8 +411,16 @@ class MilvusCache:
                 continue
             if purge not in self._purges:
                 await self._forget(purge)
-                await self._delete(purge.filter)
+                self._again.put_nowait(purge.filter)
         self._looked_at = looked_at
+
+    async def _delete_again(self) -> None:
+        """What was purged, whoever wrote it since; what fails is done again."""
+        while True:
+            wanted = await self._again.get()
+            await self._open.wait()
+            if not await self._delete(wanted):
+                self._again.put_nowait(wanted)
 
     async def _marks(self, seconds: float) -> list[Row]:
         """Those that were made in so many seconds."""
@@ -447,3 +464,7 @@ class MilvusCache:
     def _count(self, outcome: str, entries: int) -> None:
         if entries:
             self._metrics.stores.labels(outcome).inc(entries)
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or type(error).__name__

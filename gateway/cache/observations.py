@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -27,7 +28,9 @@ KEPT_SECONDS = 30 * 24 * 3600
 READ_SECONDS = 5.0  # between two times that those of others are read
 LATE_SECONDS = 60.0  # by which a row may be seen after its time
 READ_ROWS = 16_384  # Milvus' limit
+LEARNT_ROWS = 50  # at once: a few milliseconds
 QUEUED = 1024
+MOST_REFUSALS = 3  # of the same rows, by a Milvus that can be read
 DRAIN_SECONDS = 2.0
 VECTOR = "nothing"  # Milvus wants one in every collection
 
@@ -48,10 +51,14 @@ class Observations:
         self._queue: asyncio.Queue[Row] = asyncio.Queue(QUEUED)
         self._known: cachetools.FIFOCache[str, bool] = cachetools.FIFOCache(4 * READ_ROWS)
         self._read_to = milliseconds(time.time() - KEPT_SECONDS)
+        self._refusals = 0  # in a row
         self._client = AsyncMilvusClient(**connection_arguments(settings))
         self._task = asyncio.create_task(self._keep())
 
     def write(self, observation: Observation) -> None:
+        if not math.isfinite(observation.score):  # Milvus takes none
+            self._metrics.checks.labels("not_kept").inc()
+            return
         row: Row = {
             "id": uuid.uuid4().hex,
             "key": observation.key,
@@ -77,15 +84,15 @@ class Observations:
         await self._client.close()
 
     async def _keep(self) -> None:
-        """Write and read, again and again; what fails is done again."""
+        """Read and write, again and again; what fails is done again."""
         is_open = False
         while True:
             try:
                 if not is_open:
                     await self._open()
                     is_open = True
-                await self._write()
                 await self._read()
+                await self._write()
             except _FAILURES as error:
                 log.warning("milvus: observations wait: %s", str(error) or type(error).__name__)
                 is_open = False
@@ -125,9 +132,14 @@ class Observations:
         try:
             await self._ask(self._client.insert, rows)
         except _FAILURES:
-            for row in rows[: self._queue.maxsize - self._queue.qsize()]:
+            self._refusals += 1
+            kept = [] if self._refusals == MOST_REFUSALS else rows[: self._queue.maxsize - self._queue.qsize()]
+            for row in kept:
                 self._queue.put_nowait(row)
+            self._metrics.checks.labels("not_kept").inc(len(rows) - len(kept))
+            self._refusals = self._refusals if kept else 0
             raise
+        self._refusals = 0
 
     async def _read(self) -> None:
         """Up to now, in pieces that Milvus gives at once; rows may come late, so the last minute is read again."""
@@ -138,7 +150,7 @@ class Observations:
             if len(rows) >= READ_ROWS and end - self._read_to > 1:
                 end = (self._read_to + end) // 2
                 continue
-            self._learn_all(rows)
+            await self._learn_all(rows)
             self._read_to, end = end, now
         self._read_to = now - milliseconds(LATE_SECONDS)
 
@@ -147,9 +159,12 @@ class Observations:
         wanted = f"at > {after} and at <= {until}"
         return list(await self._ask(self._client.query, filter=wanted, output_fields=fields, limit=READ_ROWS))
 
-    def _learn_all(self, rows: list[Row]) -> None:
-        for row in sorted(rows, key=lambda row: int(row["at"])):
-            if row["id"] not in self._known:
-                self._known[row["id"]] = True
-                told = {name: row[name] for name in ("key", "score", "right", "served", "weight")}
-                self._learn(Observation(**told, at=row["at"] / 1000))
+    async def _learn_all(self, rows: list[Row]) -> None:
+        """Requests have their turns in between."""
+        new = sorted((row for row in rows if row["id"] not in self._known), key=lambda row: int(row["at"]))
+        for i, row in enumerate(new, 1):
+            self._known[row["id"]] = True
+            told = {name: row[name] for name in ("key", "score", "right", "served", "weight")}
+            self._learn(Observation(**told, at=row["at"] / 1000))
+            if i % LEARNT_ROWS == 0:
+                await asyncio.sleep(0)

@@ -160,17 +160,6 @@ def test_a_broken_limit_tightens_more_and_more() -> None:
     assert thresholds[-1] > thresholds[0] + 1
 
 
-def test_a_forgotten_entry_begins_anew_and_the_others_keep_what_it_taught() -> None:
-    known = curves()
-    for number in range(40):
-        known.observe(Observation("bad", 4.0, right=False, served=True, at=number))
-    before, error = known.threshold_now, known.error()
-    known.forget("bad")
-    known.forget("never seen")
-    assert lowest_served(known, "bad") == lowest_served(known, "new")
-    assert (known.threshold_now, known.error()) == (before, error)
-
-
 def some_observations(number: int, seed: int = 3) -> list[Observation]:
     rng = np.random.default_rng(seed)
     return [

@@ -14,7 +14,7 @@ import pytest
 from gateway.answer import Answer
 from gateway.cache import CacheUnavailable, Entry, Origin, Selection, Vector
 from gateway.cache import milvus as backend
-from gateway.cache.collection import VARCHAR_BYTES, Rows, Unreadable, parts_of
+from gateway.cache.collection import VARCHAR_BYTES, Purge, Rows, Unreadable, milliseconds, parts_of
 from gateway.cache.milvus import MilvusCache
 from gateway.config import Milvus
 from gateway.metrics import Metrics
@@ -196,6 +196,82 @@ def test_a_purge_is_everybody_s_at_once(settings: Callable[..., Milvus], which: 
         await until(lambda: other.get("a"))
 
     scenario(settings(), step, caches=2)
+
+
+def test_what_a_slow_writer_writes_after_its_purge_is_deleted_again(
+    settings: Callable[..., Milvus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def step(one: MilvusCache, other: MilvusCache) -> None:
+        upsert, writes, purged = one.client.upsert, asyncio.Event(), asyncio.Event()
+
+        async def slow(*given: Any, **named: Any) -> Any:
+            writes.set()
+            await purged.wait()
+            return await upsert(*given, **named)
+
+        monkeypatch.setattr(one.client, "upsert", slow)
+        one.put(entry("a"))
+        await writes.wait()
+        await other.purge(Selection(tenant="ada"))
+        assert await one.get("a") is None
+        purged.set()
+        await until(lambda: has_rows(one, "expires_at > 0", 0))
+        await asyncio.sleep(1)
+        assert await has_rows(one, "expires_at > 0", 0)
+
+    scenario(settings(), step, caches=2)
+
+
+def test_what_could_not_be_deleted_is_deleted_later(
+    settings: Callable[..., Milvus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = 0
+
+    async def step(cache: MilvusCache) -> None:
+        delete = cache.client.delete
+
+        async def failing(*given: Any, **named: Any) -> Any:
+            nonlocal failures
+            failures += 1
+            if failures <= 2:
+                raise TimeoutError
+            return await delete(*given, **named)
+
+        cache.put(entry("a"))
+        await until(lambda: has_rows(cache, "expires_at > 0", 1))
+        monkeypatch.setattr(cache.client, "delete", failing)
+        mark = Rows("embedding", DIMENSION).of_purge(Purge(Selection(key="a"), milliseconds(time.time())))
+        await cache.client.upsert(cache.collection, data=[mark])  # as if another gateway had purged
+        await until(lambda: has_rows(cache, "expires_at > 0", 0))
+        assert failures == 3
+
+    scenario(settings(), step)
+
+
+def test_an_export_that_fails_closes_the_cache_to_nobody(
+    settings: Callable[..., Milvus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "READ_ROWS", 3)
+
+    async def step(cache: MilvusCache) -> None:
+        for i in range(8):
+            cache.put(entry(str(i), seed=i))
+        await until(lambda: counted(cache, 8))
+        assert sorted(each.key for each in await cache.entries("")) == list("01234567")
+        query = cache.client.query
+
+        async def failing(*given: Any, **named: Any) -> Any:
+            if named["filter"].startswith("key in"):
+                raise TimeoutError
+            return await query(*given, **named)
+
+        monkeypatch.setattr(cache.client, "query", failing)
+        with pytest.raises(CacheUnavailable):
+            await cache.entries("")
+        assert await cache.get("1") is not None
+        await cache.check()
+
+    scenario(settings(), step)
 
 
 async def counted(cache: MilvusCache, entries: int) -> bool:

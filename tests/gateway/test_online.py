@@ -77,7 +77,7 @@ def checked(
 @pytest.mark.parametrize(("model", "right"), [("Glomma", True), ("Great Glomma", True), ("Thames", False)])
 def test_the_embeddings_of_two_answers_are_compared(model: str, right: bool) -> None:
     (seen,), metrics = checked(model=model)
-    assert (seen.key, seen.score, seen.right, seen.served, seen.weight) == ("key", 2.0, right, True, 2.0)
+    assert (seen.key, seen.score, seen.right, seen.served, seen.weight) == ("key-0", 2.0, right, True, 2.0)
     assert f'fingerpost_cache_checks_total{{outcome="served_{"right" if right else "wrong"}"}} 1.0' in metrics
 
 

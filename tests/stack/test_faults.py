@@ -55,7 +55,8 @@ class Outcome:
     is_own: bool
 
     def __str__(self) -> str:
-        return f"{self.status} {self.cache} {self.end} {'own' if self.is_own else 'ANOTHER'} {self.seconds:.1f} s"
+        whose, by = "own" if self.is_own else "ANOTHER", " fallback" if self.fallback else ""
+        return f"{self.status} {self.cache}{by} {self.end} {whose} {self.seconds:.1f} s"
 
 
 class Crowd:
@@ -146,6 +147,10 @@ def crowd(gateway: Server) -> Iterator[Crowd]:
         try:
             clients.goes_on()
             yield clients
+        except AssertionError as error:
+            error.add_note(f"the last that ended: {[str(outcome) for outcome in clients.outcomes[-STREAMS:]]}")
+            error.add_note(f"the gateway: {gateway.process.poll()}, {gateway.log.read_text()[-4000:]}")
+            raise
         finally:
             clients.stop()
             ran.result(2 * HANG_SECONDS)

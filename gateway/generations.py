@@ -19,6 +19,7 @@ from gateway.config import Config
 from gateway.lasting import Lasting
 from gateway.reload import Settings
 from gateway.siblings import Answer
+from gateway.tasks import end
 
 log = logging.getLogger("fingerpost")
 
@@ -120,9 +121,7 @@ class Generations:
 
     async def _close(self) -> None:
         """Close all; nothing is under way any more, or is no longer waited for."""
-        for retiring in self._retiring:
-            retiring.cancel()
-        await asyncio.gather(*self._retiring, return_exceptions=True)
+        await end(self._retiring)
         await self._current.close()
         await self._lasting.close()
 

@@ -21,6 +21,7 @@ from gateway.config import Online
 from gateway.errors import ApiError
 from gateway.matching import Proposal
 from gateway.metrics import Metrics
+from gateway.tasks import end
 from gateway.triton import Embedded, TritonUnavailable
 from gateway.upstream import UpstreamBroken
 
@@ -95,9 +96,7 @@ class Checks:
         return len(self._tasks)
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(self._tasks)
 
     def _start(self, check: Coroutine[Any, Any, None]) -> None:
         if len(self._tasks) >= self._settings.concurrent_checks:

@@ -31,6 +31,7 @@ from gateway.endpoints import Address, Allowance, Endpoint, Endpoints, Figures, 
 from gateway.errors import AnswerTooLong, ApiError, UpstreamTimeout, UpstreamUnavailable
 from gateway.metrics import Metrics
 from gateway.overrides import CHAT
+from gateway.tasks import end
 
 log = logging.getLogger("fingerpost")
 
@@ -231,9 +232,7 @@ class Upstream:
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(tasks)
 
     async def check(self, model: config.Model) -> bool:
         """Whether some endpoint of the model is healthy; without health checks, as far as requests have shown."""

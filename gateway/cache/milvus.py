@@ -45,6 +45,7 @@ from gateway.cache.collection import (
 from gateway.cache.memory import EvictionPolicy, MemoryCache
 from gateway.config import Milvus
 from gateway.metrics import Metrics
+from gateway.tasks import end
 
 log = logging.getLogger("fingerpost")
 
@@ -229,9 +230,7 @@ class MilvusCache:
                 await self._queue.join()
         if left := self._queue.qsize():
             log.warning("milvus: %d answers were not written or deleted", left)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(self._tasks)
         await self.client.close()
 
     async def _nearest(self, embedding: Vector, wanted: str) -> list[dict[str, Any]]:

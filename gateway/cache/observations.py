@@ -20,6 +20,7 @@ from gateway.cache.collection import TTL_PROPERTY, Row, connection_arguments, mi
 from gateway.cache.curves import Observation
 from gateway.config import Milvus
 from gateway.metrics import Metrics
+from gateway.tasks import end
 
 log = logging.getLogger("fingerpost")
 
@@ -79,8 +80,7 @@ class Observations:
         with contextlib.suppress(TimeoutError, *_FAILURES):
             async with asyncio.timeout(DRAIN_SECONDS):
                 await self._write()
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        await end([self._task])
         await self._client.close()
 
     async def _keep(self) -> None:

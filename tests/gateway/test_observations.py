@@ -38,6 +38,9 @@ class Gateway:
         self.metrics = Metrics()
         self.journal = Observations(settings, namespace, self.learnt.append, self.metrics)
 
+    async def is_open(self) -> None:
+        await until(lambda: self.journal._read_to > (time.time() - 3600) * 1000)
+
     async def has_learnt(self, number: int) -> None:
         await until(lambda: len(self.learnt) >= number)
         await asyncio.sleep(1)  # and is not told it again
@@ -82,6 +85,7 @@ def test_others_learn_it_and_so_does_who_comes_later(settings: Milvus) -> None:
 def test_who_reads_many_lets_requests_have_their_turn(settings: Milvus) -> None:
     async def run() -> None:
         one = Gateway(settings)
+        await one.is_open()
         for i in range(400):
             one.journal.write(observation(str(i)))
         await one.journal.close()
@@ -131,7 +135,7 @@ def test_what_milvus_refuses_holds_nothing_else_up(settings: Milvus) -> None:
 def test_a_milvus_that_is_away_for_a_while_loses_nothing(settings: Milvus, monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         one, other = Gateway(settings), Gateway(settings)
-        await until(lambda: one.journal._read_to > (time.time() - 3600) * 1000)  # it is open
+        await one.is_open()
         ask: Any = one.journal._ask
 
         async def away(*given: Any, **named: Any) -> Any:

@@ -119,6 +119,7 @@ def test_a_score_that_is_no_number_is_not_kept(settings: Milvus, score: float) -
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("settings", ["server"], indirect=True)  # Milvus Lite refuses nothing
 def test_what_milvus_refuses_holds_nothing_else_up(settings: Milvus) -> None:
     async def run() -> None:
         one, other = Gateway(settings), Gateway(settings)

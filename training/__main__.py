@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command("train-verifier", _train_verifier, "train, measure and export the verifier of near misses")
     add("--data", nargs="+", type=Path, default=[PAIRS], help="files or folders of groups (default: our own)")
     add("--base", default="small", help="small, a folder, or a hub id such as answerdotai/ModernBERT-base")
-    add("--epochs", type=_positive, default=3)
+    add("--epochs", type=_count, default=3, help="0: only fit the thresholds anew, to the one of --start")
     add("--seed", type=int, default=0)
     add("--start", type=Path, help="a verifier to train further, such as training/shipped/verifier")
     add = command("evaluate-verifier", _evaluate_verifier, "measure the exported verifier and write a report")

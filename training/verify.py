@@ -68,6 +68,8 @@ def train_verifier(settings: Settings) -> Path:
     """
     began = time.monotonic()
     sweep(RUNS)
+    if not settings.epochs and settings.start is None:
+        raise BadRows(["without an epoch (--epochs 0) there must be a verifier to start from (--start)"])
     splits = split(read_groups(settings.data))
     if not splits.train or not splits.validation:
         raise BadRows([f"{len(splits.train)} groups to train on and {len(splits.validation)} to choose by: too few"])

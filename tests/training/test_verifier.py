@@ -11,10 +11,12 @@ from gateway.contract import Threshold, Verification
 from training.base import Base, load_base
 from training.model import merged
 from training.pairs import Group, GroupSplits, Pair, Trap, asked
+from training.rows import BadRows
 from training.thresholds import weighed
 from training.verifier import (
     FIRST,
     SECOND,
+    SHIPPED,
     TrainedVerifier,
     Verifier,
     adapted,
@@ -26,7 +28,7 @@ from training.verifier import (
     unpacked,
 )
 from training.verifier_served import ServedVerifier, export_verifier
-from training.verify import Settings, fit, platt, score
+from training.verify import Settings, fit, platt, score, train_verifier
 
 PAIRS = [
     Pair("How do I turn the lights on?", "how do i turn the lights off", same=False),
@@ -130,6 +132,19 @@ def test_it_learns_what_a_few_groups_say(base: Base, tmp_path: Path) -> None:
     scores, same = score(trained, base.tokenizer, pairs), np.array([pair.same for pair in pairs])
     assert scores[same].min() > scores[~same].max()
     assert history[-1]["auc"] == 1.0
+
+
+def test_without_an_epoch_only_the_thresholds_are_fitted(base: Base, tmp_path: Path) -> None:
+    groups = [Group("Show me the car in red", ("show me the car in crimson",), (Trap("Show me the car in blue", ""),))]
+    splits = GroupSplits(groups, groups, groups)
+    fitted, history = fit(base, splits, Settings((tmp_path,), "small", tmp_path, epochs=0, seed=0, start=SHIPPED))
+    assert history == []
+    before = load_verifier(SHIPPED, load_base("small")).verifier.state_dict()
+    for name, value in fitted.state_dict().items():
+        if name not in ("scale", "bias"):
+            torch.testing.assert_close(value, before[name], msg=name)
+    with pytest.raises(BadRows, match="--start"):
+        train_verifier(Settings((tmp_path,), "small", tmp_path, epochs=0, seed=0))
 
 
 def test_platt_scaling_makes_log_odds() -> None:
